@@ -1,0 +1,197 @@
+//! The two channels between a service and its replicated log: *proposals* go up, *commits* come back. Bytes go up and
+//! an opaque answer `A` comes back, so the node knows nothing of what it replicates. Uses nobody.
+//!
+//! Whoever wants to replicate another service implements the receiving end of the commits and holds a sender of
+//! proposals; `store` is one such service.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+/// Names one write for ever: the node that took it, that node's start, and a counter within it. It travels inside the
+/// log entry; the service skips what it has seen, so a proposal may be repeated safely.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId {
+    pub node: u64,
+    /// Rises with every start of that node.
+    pub boot: u64,
+    /// Rises with every write; the first is 1.
+    pub counter: u64,
+}
+
+impl RequestId {
+    pub const BYTES: usize = 24;
+
+    /// Three little-endian u64: node, boot, counter.
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&self.node.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.boot.to_le_bytes());
+        bytes[16..].copy_from_slice(&self.counter.to_le_bytes());
+        bytes
+    }
+
+    /// The inverse of [`RequestId::to_bytes`]; `None` for any other length.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; Self::BYTES] = bytes.try_into().ok()?;
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(word)
+        };
+        Some(RequestId { node: word(0), boot: word(8), counter: word(16) })
+    }
+}
+
+/// What a front end asks of the node.
+#[derive(Debug)]
+pub enum Proposal<A> {
+    /// Replicate `command`; answered when it is applied here, refused, or given up.
+    Write { command: Bytes, reply: Reply<A> },
+    /// Answered as soon as all that was committed when it was asked is applied here: a local read behind it is
+    /// linearizable.
+    Read { reply: ReadReply },
+}
+
+pub type Reply<A> = oneshot::Sender<Result<Applied<A>, Failure>>;
+pub type ReadReply = oneshot::Sender<Result<(), Rejection>>;
+
+/// A write that is durable on a majority and applied here, with the service's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied<A> {
+    pub index: u64,
+    pub term: u64,
+    pub answer: A,
+}
+
+/// Why a write has no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// Surely not applied, now or later.
+    #[error("not applied: {0}")]
+    Rejected(Rejection),
+    /// It may have been applied, or may still be.
+    #[error("outcome unknown: it was proposed but not seen committed in time, and may still be applied")]
+    Unknown,
+}
+
+/// Why the node did not take a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
+pub enum Rejection {
+    #[error("no leader within the request time-out")]
+    NoLeader,
+    #[error("too many requests in flight")]
+    Busy,
+    #[error("the disk is full")]
+    DiskFull,
+    #[error("the node is stopping")]
+    Stopping,
+}
+
+/// What the log tells the service, in log order.
+#[derive(Debug)]
+pub enum Commit<A> {
+    /// Apply `command`. `reply` is there on the node that took the write, if its client still waits.
+    Apply { index: u64, term: u64, request: RequestId, command: Bytes, reply: Option<Reply<A>> },
+    /// An entry that carries nothing for the service; only the applied index moves.
+    Skip { index: u64, term: u64 },
+    /// All before it is applied: answer these reads.
+    Barrier { replies: Vec<ReadReply> },
+}
+
+impl<A> Commit<A> {
+    /// Bytes of command that wait in the channel with this commit.
+    fn size_bytes(&self) -> usize {
+        match self {
+            Commit::Apply { command, .. } => command.len(),
+            Commit::Skip { .. } | Commit::Barrier { .. } => 0,
+        }
+    }
+}
+
+/// The commit channel. It takes whatever is committed, for the node must never wait for the service; the sender sees
+/// the backlog and sheds *proposals* while it is too long, and what waits here is shared with the log's own memory.
+pub fn commits<A>() -> (CommitSender<A>, CommitReceiver<A>) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let backlog_bytes = Arc::new(AtomicUsize::new(0));
+    (
+        CommitSender { sender, backlog_bytes: backlog_bytes.clone() },
+        CommitReceiver { receiver, backlog_bytes, taken: 0 },
+    )
+}
+
+pub struct CommitSender<A> {
+    sender: mpsc::UnboundedSender<Vec<Commit<A>>>,
+    backlog_bytes: Arc<AtomicUsize>,
+}
+
+impl<A> CommitSender<A> {
+    /// Publishes one turn's commits. Fails when the service is gone.
+    pub fn publish(&self, commits: Vec<Commit<A>>) -> Result<(), ServiceGone> {
+        let size = commits.iter().map(Commit::size_bytes).sum();
+        self.backlog_bytes.fetch_add(size, Ordering::Relaxed);
+        self.sender.send(commits).map_err(|_| ServiceGone)
+    }
+
+    /// Bytes of commands that are published and not applied yet.
+    pub fn backlog_bytes(&self) -> usize {
+        self.backlog_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// The service behind the commit channel has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the service that applies commits has ended")]
+pub struct ServiceGone;
+
+pub struct CommitReceiver<A> {
+    receiver: mpsc::UnboundedReceiver<Vec<Commit<A>>>,
+    backlog_bytes: Arc<AtomicUsize>,
+    taken: usize,
+}
+
+impl<A> CommitReceiver<A> {
+    /// Appends all that waits to `batch`, or waits for something. False when the node has ended. What an earlier call
+    /// returned counts as applied from here on.
+    pub async fn receive(&mut self, batch: &mut Vec<Commit<A>>) -> bool {
+        self.backlog_bytes.fetch_sub(std::mem::take(&mut self.taken), Ordering::Relaxed);
+        let Some(first) = self.receiver.recv().await else {
+            return false;
+        };
+        batch.extend(first);
+        while let Ok(more) = self.receiver.try_recv() {
+            batch.extend(more);
+        }
+        self.taken = batch.iter().map(Commit::size_bytes).sum();
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_id_survives_its_bytes() {
+        let id = RequestId { node: 1, boot: u64::MAX, counter: 3 };
+        assert_eq!(RequestId::from_bytes(&id.to_bytes()), Some(id));
+        assert_eq!(RequestId::from_bytes(&[0; 23]), None);
+    }
+
+    #[tokio::test]
+    async fn the_backlog_counts_what_is_not_applied() {
+        let (sender, mut receiver) = commits::<()>();
+        let request = RequestId { node: 1, boot: 1, counter: 1 };
+        let apply = Commit::Apply { index: 2, term: 1, request, command: Bytes::from_static(b"12345"), reply: None };
+        sender.publish(vec![apply, Commit::Skip { index: 3, term: 1 }]).unwrap();
+        assert_eq!(sender.backlog_bytes(), 5);
+        let mut batch = Vec::new();
+        assert!(receiver.receive(&mut batch).await);
+        assert_eq!((batch.len(), sender.backlog_bytes()), (2, 5), "taken is not applied");
+        sender.publish(vec![]).unwrap();
+        assert!(receiver.receive(&mut batch).await);
+        assert_eq!(sender.backlog_bytes(), 0);
+    }
+}

@@ -1,0 +1,6 @@
+//! (the tour comes here)
+pub mod channel;
+pub mod cluster;
+pub mod config;
+pub mod metrics;
+pub mod window;
