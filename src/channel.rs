@@ -53,10 +53,87 @@ pub enum Proposal<A> {
     /// Answered as soon as all that was committed when it was asked is applied here: a local read behind it is
     /// linearizable.
     Read { reply: ReadReply },
+    /// How the node is; answered at once.
+    Status { reply: oneshot::Sender<NodeStatus> },
+}
+
+/// What the node knows of itself and of the others.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct NodeStatus {
+    pub id: u64,
+    /// The cluster's identity, 16 hexadecimal digits.
+    pub cluster: String,
+    pub role: Role,
+    pub term: u64,
+    /// 0 while there is none.
+    pub leader: u64,
+    pub commit: u64,
+    pub members: Vec<MemberStatus>,
+    /// What the log says of itself.
+    pub wal: serde_json::Value,
+    pub queues: Queues,
+}
+
+/// A node's part in its cluster, in the words of the Raft thesis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    Leader,
+    Follower,
+    Candidate,
+    Learner,
+}
+
+/// A member as this node sees it.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct MemberStatus {
+    pub id: u64,
+    pub urls: Vec<String>,
+    /// How far the log of that member is known to go; only at the leader.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// What the transport says of it; not for this node itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection: Option<serde_json::Value>,
+}
+
+/// A follower's log as the leader knows it.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Progress {
+    /// The follower's log agrees with the leader's up to here.
+    pub matched: u64,
+    /// The next entry to send.
+    pub next: u64,
+    /// `probe`, `replicate` or `snapshot`.
+    pub state: &'static str,
+    /// Heard of within the last election time-out.
+    pub active: bool,
+}
+
+/// What waits in the node.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Queues {
+    pub proposals: usize,
+    pub proposed_bytes: usize,
+    pub reads: usize,
+    pub unapplied_bytes: usize,
+}
+
+/// Who leads, as far as this node knows: published whenever it changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Leadership {
+    pub term: u64,
+    /// 0 while there is none.
+    pub leader: u64,
 }
 
 pub type Reply<A> = oneshot::Sender<Result<Applied<A>, Failure>>;
 pub type ReadReply = oneshot::Sender<Result<(), Rejection>>;
+
+/// Answers. Whoever no longer waits is not told: the client hung up.
+pub fn answer<T>(reply: oneshot::Sender<T>, value: T) {
+    reply.send(value).ok();
+}
 
 /// A write that is durable on a majority and applied here, with the service's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]

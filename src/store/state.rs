@@ -1,0 +1,236 @@
+//! The replicated state and how a command changes it: pure, total and deterministic, so that every replica that
+//! applies the same log holds the same state. No clock, no randomness, no I/O; the apply task in `store` calls it.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use imbl::OrdMap;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
+
+use crate::channel::RequestId;
+use crate::command::{Command, Unreadable};
+use crate::window::{Seen, Window};
+
+/// Writes of one node that may overtake each other on their way into the log.
+const WINDOW_SIZE: usize = 1 << 16;
+
+/// A key's value and history. Revisions are the store's (etcd's rule): it starts at 1 and rises with each write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyValue {
+    pub value: Bytes,
+    pub create_revision: u64,
+    pub modify_revision: u64,
+    /// Writes since the key was created; the first is 1.
+    pub version: u64,
+}
+
+/// What a write answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Put { revision: u64 },
+}
+
+/// What became of a committed command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Applied(Answer),
+    /// Applied before: a proposal that was repeated on its way.
+    Repeat,
+    /// So old that nobody remembers whether it was applied: surely not applied now.
+    TooOld,
+    /// No command at all; every replica skips it alike.
+    Malformed,
+}
+
+/// All that is replicated.
+#[derive(Debug, Clone)]
+pub struct State {
+    keys: OrdMap<Bytes, KeyValue>,
+    revision: u64,
+    applied: u64,
+    content_hash: u64,
+    log_hash: u64,
+    /// For each node, its newest boot and the writes seen from it. An older boot's process is gone, and nobody waits
+    /// for what it may still have had on its way.
+    seen: BTreeMap<u64, (u64, Window)>,
+}
+
+impl State {
+    /// The state of a cluster that was just founded; `applied` is the index of its founding snapshot.
+    pub fn founded(applied: u64) -> Self {
+        State { keys: OrdMap::new(), revision: 1, applied, content_hash: 0, log_hash: 0, seen: BTreeMap::new() }
+    }
+
+    /// Applies the command of the next entry. An error is a command of a newer version: the caller must stop.
+    pub fn apply(&mut self, index: u64, term: u64, request: RequestId, command: &Bytes) -> Result<Outcome, Unreadable> {
+        let parsed = match Command::decode(command) {
+            Err(Unreadable::NewerFormat(format)) => return Err(Unreadable::NewerFormat(format)),
+            other => other,
+        };
+        self.advance(index, term, command);
+        let Ok(parsed) = parsed else {
+            return Ok(Outcome::Malformed);
+        };
+        match self.mark(request) {
+            Seen::Repeat => return Ok(Outcome::Repeat),
+            Seen::TooOld => return Ok(Outcome::TooOld),
+            Seen::New => {}
+        }
+        self.revision += 1;
+        match parsed {
+            // The slices keep the log entry's buffer alive, and cost no copy.
+            Command::Put { key, value } => self.put(command.slice_ref(key), command.slice_ref(value)),
+        }
+        Ok(Outcome::Applied(Answer::Put { revision: self.revision }))
+    }
+
+    /// Passes an entry that carries nothing for the store.
+    pub fn skip(&mut self, index: u64, term: u64) {
+        self.advance(index, term, &[]);
+    }
+
+    pub fn get(&self, key: &[u8]) -> Option<&KeyValue> {
+        self.keys.get(key)
+    }
+
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Index of the last entry applied.
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+
+    /// A hash of the content, whatever the order it was written in; equal on replicas at the same index.
+    pub fn content_hash(&self) -> u64 {
+        self.content_hash
+    }
+
+    /// A hash of all entries applied, in order.
+    pub fn log_hash(&self) -> u64 {
+        self.log_hash
+    }
+
+    fn advance(&mut self, index: u64, term: u64, command: &[u8]) {
+        assert_eq!(index, self.applied + 1, "entries are applied in order and without a gap");
+        self.applied = index;
+        self.log_hash = xxh3_64_with_seed(command, self.log_hash.rotate_left(1) ^ term);
+    }
+
+    fn mark(&mut self, request: RequestId) -> Seen {
+        let (boot, window) = self.seen.entry(request.node).or_insert_with(|| (request.boot, Window::new(WINDOW_SIZE)));
+        if request.boot < *boot {
+            return Seen::TooOld;
+        }
+        if request.boot > *boot {
+            (*boot, *window) = (request.boot, Window::new(WINDOW_SIZE));
+        }
+        window.mark(request.counter)
+    }
+
+    fn put(&mut self, key: Bytes, value: Bytes) {
+        let old = self.keys.get(&key);
+        if let Some(old) = old {
+            self.content_hash = self.content_hash.wrapping_sub(hash(&key, old));
+        }
+        let new = KeyValue {
+            value,
+            create_revision: old.map_or(self.revision, |old| old.create_revision),
+            modify_revision: self.revision,
+            version: old.map_or(1, |old| old.version + 1),
+        };
+        self.content_hash = self.content_hash.wrapping_add(hash(&key, &new));
+        self.keys.insert(key, new);
+    }
+}
+
+/// A key's part in the content hash: parts are added up, so that order does not matter and a change costs one key.
+fn hash(key: &[u8], entry: &KeyValue) -> u64 {
+    let mut hasher = Xxh3::new();
+    hasher.update(&(key.len() as u64).to_le_bytes());
+    hasher.update(key);
+    for number in [entry.create_revision, entry.modify_revision, entry.version] {
+        hasher.update(&number.to_le_bytes());
+    }
+    hasher.update(&entry.value);
+    hasher.digest()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn put(key: &str, value: &str) -> Bytes {
+        Command::Put { key: key.as_bytes(), value: value.as_bytes() }.encode()
+    }
+
+    fn request(counter: u64) -> RequestId {
+        RequestId { node: 1, boot: 7, counter }
+    }
+
+    #[test]
+    fn revisions_follow_etcd() {
+        let mut state = State::founded(1);
+        state.skip(2, 1);
+        assert_eq!(state.apply(3, 1, request(1), &put("a", "1")), Ok(Outcome::Applied(Answer::Put { revision: 2 })));
+        assert_eq!(state.apply(4, 1, request(2), &put("b", "1")), Ok(Outcome::Applied(Answer::Put { revision: 3 })));
+        assert_eq!(state.apply(5, 1, request(3), &put("a", "2")), Ok(Outcome::Applied(Answer::Put { revision: 4 })));
+        let a = state.get(b"a").unwrap();
+        assert_eq!((&a.value[..], a.create_revision, a.modify_revision, a.version), (&b"2"[..], 2, 4, 2));
+        assert_eq!((state.applied(), state.revision(), state.len()), (5, 4, 2));
+    }
+
+    /// A follower repeats a proposal whose answer was lost; both copies commit, one counts.
+    #[test]
+    fn a_repeated_proposal_is_applied_once() {
+        let mut state = State::founded(1);
+        state.apply(2, 1, request(1), &put("a", "first")).unwrap();
+        state.apply(3, 1, request(2), &put("a", "second")).unwrap();
+        let (revision, hash) = (state.revision(), state.content_hash());
+        assert_eq!(state.apply(4, 2, request(1), &put("a", "first")), Ok(Outcome::Repeat));
+        assert_eq!((state.revision(), state.content_hash(), state.applied()), (revision, hash, 4));
+    }
+
+    /// What a dead process had on its way is not applied behind what its next start wrote.
+    #[test]
+    fn an_older_boot_is_refused() {
+        let mut state = State::founded(1);
+        state.apply(2, 1, RequestId { node: 1, boot: 8, counter: 1 }, &put("a", "new")).unwrap();
+        let late = RequestId { node: 1, boot: 7, counter: 9 };
+        assert_eq!(state.apply(3, 1, late, &put("a", "old")), Ok(Outcome::TooOld));
+        let other = RequestId { node: 2, boot: 7, counter: 9 };
+        assert!(matches!(state.apply(4, 1, other, &put("a", "other")), Ok(Outcome::Applied(_))));
+    }
+
+    #[test]
+    fn damage_is_skipped_and_a_newer_format_stops() {
+        let mut state = State::founded(1);
+        assert_eq!(state.apply(2, 1, request(1), &Bytes::from_static(&[1, 9])), Ok(Outcome::Malformed));
+        assert_eq!(state.apply(3, 1, request(2), &Bytes::from_static(&[9])), Err(Unreadable::NewerFormat(9)));
+        assert_eq!(state.applied(), 2, "what is not understood is not passed");
+    }
+
+    proptest! {
+        /// The hash that is kept up to date is the hash of what is there.
+        #[test]
+        fn the_content_hash_is_that_of_the_content(writes in prop::collection::vec((0..5u8, any::<u8>()), 1..60)) {
+            let mut state = State::founded(1);
+            for (n, (key, value)) in (1..).zip(&writes) {
+                state.apply(n + 1, 1, request(n), &Command::Put { key: &[*key], value: &[*value] }.encode()).unwrap();
+            }
+            let anew = state.keys.iter().map(|(key, entry)| hash(key, entry)).fold(0, u64::wrapping_add);
+            prop_assert_eq!(state.content_hash(), anew);
+        }
+    }
+}
