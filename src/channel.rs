@@ -10,6 +10,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+/// The largest command, in bytes: above every flag, equal on all nodes, so that what one node takes every other can
+/// store and send on.
+pub const COMMAND_BYTES_MAX: usize = (4 << 20) + (8 << 10);
+
 /// Names one write for ever: the node that took it, that node's start, and a counter within it. It travels inside the
 /// log entry; the service skips what it has seen, so a proposal may be repeated safely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

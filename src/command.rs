@@ -1,5 +1,5 @@
 //! What the store can be asked to change, and its bytes in the log: one format byte, then bincode. The only file that
-//! knows bincode, so that another codec can take its place. Uses nobody.
+//! knows bincode, so that another codec can take its place.
 //!
 //! Every version reads what every earlier one wrote: variants are appended, never changed or removed. A format byte
 //! that is not known was written by a newer version, and refusing it is the only safe answer: skipping what others
@@ -9,11 +9,10 @@ use bincode::Options;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::channel::COMMAND_BYTES_MAX;
+
 /// The largest key, in bytes, on every node.
 pub const KEY_BYTES_MAX: usize = 4 << 10;
-
-/// The largest encoded command; above every flag, equal on all nodes.
-pub const COMMAND_BYTES_MAX: usize = (4 << 20) + KEY_BYTES_MAX + 64;
 
 const FORMAT: u8 = 1;
 

@@ -5,5 +5,6 @@ pub mod command;
 pub mod config;
 pub mod kv;
 pub mod metrics;
+pub mod node;
 pub mod store;
 pub mod window;

@@ -1,0 +1,592 @@
+//! Raft itself, wrapped so that the order of effects is kept: no message leaves before the state that it relies on is
+//! durable. Pure: no clock, no I/O, no channel; the node's task drives it, and so can a simulator.
+//!
+//! One turn of the caller: feed it ([`Core::tick`], [`Core::step`], [`Core::propose`], [`Core::persisted`] …), then
+//! take [`Core::turn`] and carry out what it asks for. Writes are carried out in the order given; each is reported
+//! back by its number once durable.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use raft::eraftpb::{ConfState, Entry, HardState, Message, MessageType};
+use raft::{Config, ProgressState, RawNode, ReadOnlyOption, ReadState, StateRole};
+
+use super::logger;
+use super::mirror::Mirror;
+use crate::channel::{Progress, Rejection, RequestId, Role};
+
+/// Index and term of the synthetic snapshot that every founder starts from.
+pub const FOUNDING: (u64, u64) = (1, 1);
+
+/// Bytes of command that may be in the leader's log and not committed.
+const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
+
+/// What a node knows of its log when it starts.
+#[derive(Debug)]
+pub struct Start {
+    pub id: u64,
+    pub conf_state: ConfState,
+    pub hard_state: HardState,
+    pub entries: Vec<Entry>,
+    pub election_ticks: usize,
+}
+
+/// One thing to make durable: entries that replace what they conflict with, then the hard state.
+#[derive(Debug)]
+pub struct Write {
+    /// Rises from write to write.
+    pub number: u64,
+    pub entries: Vec<Entry>,
+    pub hard_state: Option<HardState>,
+}
+
+/// What a turn asks the caller to do.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// To send now.
+    pub messages: Vec<Message>,
+    /// To make durable, in order.
+    pub writes: Vec<Write>,
+    /// Committed and durable here, in log order.
+    pub committed: Vec<Entry>,
+    /// Reads that may be served once the index is applied.
+    pub reads: Vec<ReadState>,
+}
+
+/// Where the log and the election stand, for checks and reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    pub id: u64,
+    pub term: u64,
+    pub leader: u64,
+    pub commit: u64,
+    pub last: u64,
+}
+
+/// The raft state machine of one node.
+pub struct Core {
+    raw: RawNode<Mirror>,
+    /// Messages that wait until the write of the given number is durable.
+    held: VecDeque<(u64, Vec<Message>)>,
+    /// The last write handed out, and the last reported durable.
+    written: u64,
+    persisted: u64,
+    /// Term and vote as last written, and the write that changed them.
+    vote: (u64, u64),
+    voted: u64,
+    /// The hard state changed since the last write. Where only the commit index did, it may be lost, so it rides in
+    /// the next write.
+    unwritten_state: bool,
+}
+
+impl Core {
+    /// Starts from what recovery found. `entries` are contiguous from the founding snapshot on.
+    pub fn new(start: Start) -> Self {
+        let Start { id, conf_state, mut hard_state, entries, election_ticks } = start;
+        hard_state.term = hard_state.term.max(FOUNDING.1);
+        hard_state.commit = hard_state.commit.max(FOUNDING.0);
+        let config = Config {
+            id,
+            election_tick: election_ticks,
+            heartbeat_tick: 1,
+            applied: FOUNDING.0,
+            check_quorum: true,
+            pre_vote: true,
+            read_only_option: ReadOnlyOption::Safe,
+            max_size_per_msg: 1 << 20,
+            max_inflight_msgs: 256,
+            max_uncommitted_size: UNCOMMITTED_BYTES_MAX,
+            max_committed_size_per_ready: 8 << 20,
+            ..Config::default()
+        };
+        let mirror = Mirror::new(FOUNDING, conf_state, hard_state, entries);
+        let vote = (mirror.hard_state().term, mirror.hard_state().vote);
+        let raw = RawNode::new(&config, mirror, &logger::into_tracing()).expect("configuration and log are sane");
+        Core { raw, held: VecDeque::new(), written: 0, persisted: 0, vote, voted: 0, unwritten_state: false }
+    }
+
+    pub fn position(&self) -> Position {
+        let raft = &self.raw.raft;
+        Position {
+            id: raft.id,
+            term: raft.term,
+            leader: raft.leader_id,
+            commit: raft.raft_log.committed,
+            last: raft.raft_log.last_index(),
+        }
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader
+    }
+
+    pub fn role(&self) -> Role {
+        match self.raw.raft.state {
+            StateRole::Leader => Role::Leader,
+            StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
+            StateRole::Follower if self.raw.raft.promotable() => Role::Follower,
+            StateRole::Follower => Role::Learner,
+        }
+    }
+
+    pub fn is_member(&self, id: u64) -> bool {
+        self.raw.raft.prs().get(id).is_some()
+    }
+
+    /// The term of the entry at `index`, as far as it is held.
+    pub fn term_at(&self, index: u64) -> Option<u64> {
+        let log = &self.raw.raft.raft_log;
+        (log.first_index() - 1 <= index && index <= log.last_index()).then(|| log.term(index).ok()).flatten()
+    }
+
+    /// A follower's log, as far as this node leads and knows it.
+    pub fn progress(&self, id: u64) -> Option<Progress> {
+        let progress = self.raw.raft.prs().get(id).filter(|_| self.is_leader())?;
+        Some(Progress {
+            matched: progress.matched,
+            next: progress.next_idx,
+            state: match progress.state {
+                ProgressState::Probe => "probe",
+                ProgressState::Replicate => "replicate",
+                ProgressState::Snapshot => "snapshot",
+            },
+            active: progress.recent_active || id == self.raw.raft.id,
+        })
+    }
+
+    pub fn tick(&mut self) {
+        // A lone voter wins the election that it calls, and raft asserts that a winner's log is durable.
+        let lone_and_behind = self.raw.raft.prs().is_singleton() && self.persisted < self.written;
+        if self.is_leader() || !lone_and_behind {
+            self.raw.tick();
+        }
+    }
+
+    /// Stands for election now instead of waiting for a time-out.
+    pub fn campaign(&mut self) {
+        if self.persisted == self.written
+            && let Err(error) = self.raw.campaign()
+        {
+            tracing::debug!(%error, "campaign refused");
+        }
+    }
+
+    /// Takes a message that `admit` let through.
+    pub fn step(&mut self, message: Message) {
+        if let Err(error) = self.raw.step(message) {
+            tracing::debug!(%error, "message ignored by raft");
+        }
+    }
+
+    /// Appends one entry for each command, if this node leads: all of them or none. Returns term and index of the
+    /// first. `NoLeader` means only that it is not for this node to say.
+    pub fn propose(&mut self, proposals: &[(RequestId, Bytes)]) -> Result<(u64, u64), Rejection> {
+        let raft = &self.raw.raft;
+        if !self.is_leader() || raft.lead_transferee.is_some() {
+            return Err(Rejection::NoLeader);
+        }
+        let first = (raft.term, raft.raft_log.last_index() + 1);
+        if proposals.is_empty() {
+            return Ok(first);
+        }
+        let entries = proposals.iter().map(|(request, command)| Entry {
+            data: command.clone(),
+            context: Bytes::copy_from_slice(&request.to_bytes()),
+            ..Entry::default()
+        });
+        let mut message = Message { from: raft.id, entries: entries.collect(), ..Message::default() };
+        message.set_msg_type(MessageType::MsgPropose);
+        // What a leader drops was surely not appended: too much is uncommitted already.
+        self.raw.step(message).map(|()| first).map_err(|_| Rejection::Busy)
+    }
+
+    /// Asks the leader for its commit index. False where raft would drop the question in silence: there is no leader,
+    /// or it has not committed in its term yet.
+    pub fn read_index(&mut self, context: RequestId) -> bool {
+        let raft = &self.raw.raft;
+        if raft.leader_id == raft::INVALID_ID || (self.is_leader() && !raft.commit_to_current_term()) {
+            return false;
+        }
+        self.raw.read_index(context.to_bytes().to_vec());
+        true
+    }
+
+    pub fn report_unreachable(&mut self, id: u64) {
+        if self.raw.raft.prs().get(id).is_some() {
+            self.raw.report_unreachable(id);
+        }
+    }
+
+    /// Starts to hand leadership to the follower that is closest behind. False if there is none.
+    pub fn hand_over(&mut self) -> bool {
+        let raft = &self.raw.raft;
+        if !self.is_leader() {
+            return false;
+        }
+        let next = raft
+            .prs()
+            .iter()
+            .filter(|(id, progress)| {
+                **id != raft.id && progress.recent_active && raft.prs().conf().voters().contains(**id)
+            })
+            .max_by_key(|(_, progress)| progress.matched)
+            .map(|(id, _)| *id);
+        if let Some(next) = next {
+            self.raw.transfer_leader(next);
+        }
+        next.is_some()
+    }
+
+    /// The write of this number, and all before it, are durable.
+    pub fn persisted(&mut self, number: u64) {
+        assert!(self.persisted <= number && number <= self.written, "write {number} of {}", self.written);
+        self.persisted = number;
+        self.raw.on_persist_ready(number);
+    }
+
+    /// All that follows from what was fed in since the last turn.
+    pub fn turn(&mut self) -> Turn {
+        let mut turn = Turn::default();
+        self.release(&mut turn);
+        while self.raw.has_ready() {
+            let mut ready = self.raw.ready();
+            let number = ready.number();
+            assert!(ready.snapshot().get_metadata().index == 0, "no snapshot was admitted");
+            let entries = ready.take_entries();
+            if !entries.is_empty() {
+                self.raw.mut_store().append(entries.clone());
+            }
+            if let Some(hard_state) = ready.hs() {
+                self.raw.mut_store().set_hard_state(hard_state.clone());
+                self.unwritten_state = true;
+            }
+            if ready.must_sync() {
+                let hard_state = self.raw.store().hard_state().clone();
+                if self.vote != (hard_state.term, hard_state.vote) {
+                    self.vote = (hard_state.term, hard_state.vote);
+                    self.voted = number;
+                }
+                self.written = number;
+                let hard_state = std::mem::take(&mut self.unwritten_state).then_some(hard_state);
+                turn.writes.push(Write { number, entries, hard_state });
+            }
+            turn.committed.append(&mut ready.take_committed_entries());
+            turn.reads.append(&mut ready.take_read_states());
+            // A leader's messages rely on its term and vote only; everybody else's on all that was written before.
+            self.hold(self.voted, ready.take_messages(), &mut turn);
+            self.hold(self.written, ready.take_persisted_messages(), &mut turn);
+            self.raw.advance_append_async(ready);
+            if let Some(last) = turn.committed.last() {
+                self.raw.advance_apply_to(last.index);
+            }
+        }
+        turn
+    }
+
+    /// What has not been written although it could be: only a commit index, on the way out.
+    pub fn unwritten(&mut self) -> Option<HardState> {
+        std::mem::take(&mut self.unwritten_state).then(|| self.raw.store().hard_state().clone())
+    }
+
+    fn hold(&mut self, until: u64, messages: Vec<Message>, turn: &mut Turn) {
+        if messages.is_empty() {
+            return;
+        }
+        if until <= self.persisted {
+            turn.messages.extend(messages);
+        } else {
+            self.held.push_back((until, messages));
+        }
+    }
+
+    fn release(&mut self, turn: &mut Turn) {
+        let persisted = self.persisted;
+        // Not sorted: a leader's messages wait for its vote only.
+        self.held.retain_mut(|(until, messages)| {
+            let due = *until <= persisted;
+            if due {
+                turn.messages.append(messages);
+            }
+            !due
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::node::admit::admit;
+
+    fn request(counter: u64) -> RequestId {
+        RequestId { node: 1, boot: 1, counter }
+    }
+
+    /// A node on a disk that keeps only what was reported durable.
+    struct Machine {
+        core: Core,
+        disk: Disk,
+        /// Written and not durable.
+        cache: VecDeque<Write>,
+        committed: Vec<Entry>,
+    }
+
+    #[derive(Clone, Default)]
+    struct Disk {
+        hard_state: HardState,
+        entries: Vec<Entry>,
+    }
+
+    impl Disk {
+        fn write(&mut self, write: Write) {
+            if let Some(first) = write.entries.first() {
+                self.entries.retain(|entry| entry.index < first.index);
+                self.entries.extend(write.entries);
+            }
+            if let Some(hard_state) = write.hard_state {
+                self.hard_state = hard_state;
+            }
+        }
+
+        fn start(&self, id: u64, voters: &[u64]) -> Core {
+            let Disk { hard_state, entries } = self.clone();
+            Core::new(Start {
+                id,
+                conf_state: (voters.to_vec(), vec![]).into(),
+                hard_state,
+                entries,
+                election_ticks: 10,
+            })
+        }
+    }
+
+    /// A cluster in a hostile world, driven by a list of choices.
+    struct World {
+        voters: Vec<u64>,
+        machines: BTreeMap<u64, Machine>,
+        network: Vec<Message>,
+        proposed: u64,
+        /// Entries that some node has seen committed, by index.
+        agreed: BTreeMap<u64, (u64, Bytes)>,
+        leaders: BTreeMap<u64, u64>,
+        votes: BTreeMap<(u64, u64), u64>,
+    }
+
+    impl World {
+        fn new(count: u64) -> Self {
+            let voters: Vec<u64> = (1..=count).collect();
+            let machine = |id| Machine {
+                core: Disk::default().start(id, &voters),
+                disk: Disk::default(),
+                cache: VecDeque::new(),
+                committed: Vec::new(),
+            };
+            World {
+                machines: voters.iter().map(|id| (*id, machine(*id))).collect(),
+                voters,
+                network: Vec::new(),
+                proposed: 0,
+                agreed: BTreeMap::new(),
+                leaders: BTreeMap::new(),
+                votes: BTreeMap::new(),
+            }
+        }
+
+        fn act(&mut self, what: u8, which: usize) {
+            let id = self.voters[which % self.voters.len()];
+            match what {
+                // Most of the time messages arrive, in any order, sometimes twice, sometimes not at all.
+                0..=119 | 240..=243 if !self.network.is_empty() => {
+                    let at = which % self.network.len();
+                    let message = if what < 120 { self.network.swap_remove(at) } else { self.network[at].clone() };
+                    self.deliver(message);
+                }
+                120..=124 if !self.network.is_empty() => {
+                    self.network.swap_remove(which % self.network.len());
+                }
+                125..=179 => self.persist(id),
+                180..=209 => self.machine(id).core.tick(),
+                210..=234 => {
+                    self.proposed += 1;
+                    let proposal = (request(self.proposed), Bytes::from(self.proposed.to_string()));
+                    self.machine(id).core.propose(&[proposal]).ok();
+                }
+                235..=237 => self.machine(id).core.campaign(),
+                238..=239 => self.crash(id),
+                _ => {}
+            }
+            self.turn(id);
+        }
+
+        fn machine(&mut self, id: u64) -> &mut Machine {
+            self.machines.get_mut(&id).unwrap()
+        }
+
+        fn deliver(&mut self, message: Message) {
+            let id = message.to;
+            let core = &mut self.machine(id).core;
+            if admit(&message, core) == Ok(()) {
+                core.step(message);
+            }
+            self.turn(id);
+        }
+
+        fn persist(&mut self, id: u64) {
+            let machine = self.machine(id);
+            if let Some(write) = machine.cache.pop_front() {
+                let number = write.number;
+                machine.disk.write(write);
+                machine.core.persisted(number);
+            }
+        }
+
+        /// Power is lost: what was not durable is gone.
+        fn crash(&mut self, id: u64) {
+            let voters = self.voters.clone();
+            let machine = self.machine(id);
+            machine.cache.clear();
+            machine.committed.clear();
+            machine.core = machine.disk.start(id, &voters);
+        }
+
+        fn turn(&mut self, id: u64) {
+            let machine = self.machines.get_mut(&id).unwrap();
+            let turn = machine.core.turn();
+            machine.cache.extend(turn.writes);
+            for entry in &turn.committed {
+                assert!(machine.disk.entries.contains(entry), "committed here before it is durable here");
+                let agreed = self.agreed.entry(entry.index).or_insert_with(|| (entry.term, entry.data.clone()));
+                assert_eq!(*agreed, (entry.term, entry.data.clone()), "two nodes committed different entries");
+                assert_eq!(entry.index, machine.committed.last().map_or(FOUNDING.0, |last| last.index) + 1);
+                machine.committed.push(entry.clone());
+            }
+            if machine.core.is_leader() {
+                let term = machine.core.position().term;
+                assert_eq!(*self.leaders.entry(term).or_insert(id), id, "two leaders in term {term}");
+            }
+            for message in &turn.messages {
+                check_durable(message, &machine.disk);
+                if message.get_msg_type() == MessageType::MsgRequestVoteResponse && !message.reject {
+                    let vote = *self.votes.entry((id, message.term)).or_insert(message.to);
+                    assert_eq!(vote, message.to, "node {id} voted twice in term {}", message.term);
+                }
+            }
+            self.network.extend(turn.messages);
+        }
+
+        /// The world turns kind: everything arrives, every disk is fast.
+        fn settle(&mut self) {
+            for _ in 0..200 {
+                for id in self.voters.clone() {
+                    self.machine(id).core.tick();
+                    self.turn(id);
+                }
+                while !self.network.is_empty() || self.machines.values().any(|machine| !machine.cache.is_empty()) {
+                    for message in std::mem::take(&mut self.network) {
+                        self.deliver(message);
+                    }
+                    for id in self.voters.clone() {
+                        self.persist(id);
+                        self.turn(id);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Nothing leaves a node before the state that it relies on is durable.
+    fn check_durable(message: &Message, disk: &Disk) {
+        use MessageType::*;
+        let kind = message.get_msg_type();
+        let promises = !matches!(kind, MsgRequestPreVote | MsgRequestPreVoteResponse | MsgReadIndex);
+        assert!(!promises || message.term <= disk.hard_state.term.max(FOUNDING.1), "{kind:?} of a term not durable");
+        match kind {
+            MsgRequestVoteResponse if !message.reject => assert_eq!(disk.hard_state.vote, message.to),
+            MsgRequestVote => assert_eq!(disk.hard_state.vote, message.from),
+            MsgAppendResponse if !message.reject => {
+                let last = disk.entries.last().map_or(FOUNDING.0, |entry| entry.index);
+                assert!(message.index <= last, "acknowledged {} of {last} durable entries", message.index);
+            }
+            _ => {}
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+        /// Lost, repeated and reordered messages, slow disks and crashes that lose all that was not synced: no two
+        /// leaders in a term, no vote twice, no acknowledgement ahead of the disk, no two histories; and when the
+        /// world turns kind, the cluster goes on with everything that was ever committed.
+        #[test]
+        fn nothing_is_promised_before_it_is_durable(
+            count in 1u64..=5,
+            choices in prop::collection::vec((any::<u8>(), any::<usize>()), 100..1500),
+        ) {
+            let mut world = World::new(count);
+            for (what, which) in choices {
+                world.act(what, which);
+            }
+            world.settle();
+            let leaders: Vec<u64> = world.voters.iter().copied().filter(|id| world.machines[id].core.is_leader()).collect();
+            prop_assert_eq!(leaders.len(), 1, "one leader in the end");
+            world.proposed += 1;
+            let last = request(world.proposed);
+            world.machine(leaders[0]).core.propose(&[(last, Bytes::from_static(b"last"))]).unwrap();
+            world.settle();
+            let histories: BTreeSet<Vec<u64>> =
+                world.machines.values().map(|machine| machine.committed.iter().map(|entry| entry.term).collect()).collect();
+            prop_assert_eq!(histories.len(), 1, "equal logs");
+            prop_assert_eq!(&world.machines[&1].committed.last().unwrap().data[..], b"last");
+            prop_assert_eq!(world.machines[&1].committed.len(), world.agreed.len());
+        }
+    }
+
+    /// A lone voter that has a learner wins its election in the turn that writes its vote, and would send in it.
+    #[test]
+    fn a_lone_voter_s_appends_wait_for_its_vote() {
+        let conf_state = ConfState { voters: vec![1], learners: vec![2], ..ConfState::default() };
+        let Disk { hard_state, entries } = Disk::default();
+        let mut core = Core::new(Start { id: 1, conf_state, hard_state, entries, election_ticks: 10 });
+        core.campaign();
+        let turn = core.turn();
+        assert!(core.is_leader());
+        assert!(turn.messages.is_empty(), "{:?}", turn.messages);
+        core.persisted(turn.writes.last().unwrap().number);
+        assert!(core.turn().messages.iter().any(|message| message.get_msg_type() == MessageType::MsgAppend));
+    }
+
+    /// Later appends go out beside the leader's own sync: replication and sync run in parallel.
+    #[test]
+    fn a_leader_sends_entries_before_its_own_sync() {
+        let mut world = World::new(3);
+        world.machine(1).core.campaign();
+        world.settle_votes(1);
+        let core = &mut world.machine(1).core;
+        assert!(core.is_leader());
+        core.propose(&[(request(1), Bytes::from_static(b"x"))]).unwrap();
+        let turn = core.turn();
+        assert_eq!(turn.writes.len(), 1);
+        assert!(turn.messages.iter().any(|message| message.get_msg_type() == MessageType::MsgAppend));
+    }
+
+    impl World {
+        /// Delivers until `id` leads and its log is durable.
+        fn settle_votes(&mut self, id: u64) {
+            for _ in 0..20 {
+                self.turn(id);
+                for message in std::mem::take(&mut self.network) {
+                    self.deliver(message);
+                }
+                for id in self.voters.clone() {
+                    while !self.machine(id).cache.is_empty() {
+                        self.persist(id);
+                        self.turn(id);
+                    }
+                }
+            }
+        }
+    }
+}

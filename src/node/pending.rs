@@ -1,0 +1,262 @@
+//! Writes that wait for their outcome. Each is resolved exactly once: *applied*, when its entry comes back committed;
+//! *rejected*, when it surely never reached a log; *unknown*, when time is up and it may be in one. Until then it is
+//! proposed again and again under the same request ID: the service skips what it has seen, so a copy costs nothing.
+//! Pure: time is counted in ticks.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+use crate::channel::{self, Failure, Rejection, Reply, RequestId};
+
+/// Writes in flight at one node. More than this are rejected as busy.
+const TICKETS_MAX: usize = 16_384;
+
+/// Bytes of command in flight at one node.
+const BYTES_MAX: usize = 64 << 20;
+
+/// A write and the client that waits for it.
+struct Ticket<A> {
+    command: Bytes,
+    reply: Reply<A>,
+    /// The tick at which it is given up.
+    deadline: u64,
+    /// A copy may be in some log.
+    proposed: bool,
+}
+
+/// The writes that this node took in this life and that are not resolved.
+pub struct Pending<A> {
+    node: u64,
+    boot: u64,
+    /// By counter, which is also the order of their deadlines.
+    tickets: BTreeMap<u64, Ticket<A>>,
+    last_counter: u64,
+    /// To be proposed, oldest first. May name tickets that were resolved meanwhile.
+    waiting: VecDeque<u64>,
+    bytes: usize,
+}
+
+impl<A> Pending<A> {
+    pub fn new(node: u64, boot: u64) -> Self {
+        Pending { node, boot, tickets: BTreeMap::new(), last_counter: 0, waiting: VecDeque::new(), bytes: 0 }
+    }
+
+    pub fn len(&self) -> usize {
+        self.tickets.len()
+    }
+
+    /// Bytes of command held.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Takes a write, or rejects it at once if too many are in flight. Deadlines never go back from call to call.
+    pub fn admit(&mut self, command: Bytes, reply: Reply<A>, deadline: u64) {
+        if self.tickets.len() >= TICKETS_MAX || self.bytes + command.len() > BYTES_MAX {
+            channel::answer(reply, Err(Failure::Rejected(Rejection::Busy)));
+            return;
+        }
+        self.last_counter += 1;
+        self.bytes += command.len();
+        self.waiting.push_back(self.last_counter);
+        self.tickets.insert(self.last_counter, Ticket { command, reply, deadline, proposed: false });
+    }
+
+    /// The oldest writes that wait to be proposed: at most `count`, and at most `bytes` unless the first is larger.
+    /// From here on they may be in a log, until [`Pending::not_proposed`] says otherwise.
+    pub fn take(&mut self, count: usize, bytes: usize) -> Vec<Proposed> {
+        let mut taken = Vec::new();
+        let mut size = 0;
+        while let Some(counter) = self.waiting.front() {
+            let Some(ticket) = self.tickets.get_mut(counter) else {
+                self.waiting.pop_front();
+                continue;
+            };
+            size += ticket.command.len();
+            if taken.len() == count || (size > bytes && !taken.is_empty()) {
+                break;
+            }
+            let request = RequestId { node: self.node, boot: self.boot, counter: *counter };
+            taken.push(Proposed { request, command: ticket.command.clone(), again: ticket.proposed });
+            ticket.proposed = true;
+            self.waiting.pop_front();
+        }
+        taken
+    }
+
+    /// This try surely reached no log: the write waits again, at its place.
+    pub fn not_proposed(&mut self, proposed: &[Proposed]) {
+        for Proposed { request, again, .. } in proposed.iter().rev() {
+            if let Some(ticket) = self.tickets.get_mut(&request.counter) {
+                ticket.proposed = *again;
+                self.waiting.push_front(request.counter);
+            }
+        }
+    }
+
+    /// This try was refused, and surely reached no log. A write that no earlier try may have brought into one is
+    /// rejected; any other waits again.
+    pub fn refused(&mut self, proposed: &Proposed, rejection: Rejection) {
+        if proposed.again {
+            self.not_proposed(std::slice::from_ref(proposed));
+        } else if let Some(ticket) = self.remove(proposed.request.counter) {
+            channel::answer(ticket.reply, Err(Failure::Rejected(rejection)));
+        }
+    }
+
+    /// Nobody can tell what became of this try: propose it again.
+    pub fn lost(&mut self, proposed: &[Proposed]) {
+        for Proposed { request, .. } in proposed.iter().rev() {
+            if self.tickets.contains_key(&request.counter) {
+                self.waiting.push_front(request.counter);
+            }
+        }
+    }
+
+    /// Another leader may not have what the one before took: propose everything again, oldest first.
+    pub fn leader_changed(&mut self) {
+        self.waiting = self.tickets.keys().copied().collect();
+    }
+
+    /// A committed entry came by. The reply is there if this node took that write in this life, the first time.
+    pub fn committed(&mut self, request: RequestId) -> Option<Reply<A>> {
+        if (request.node, request.boot) != (self.node, self.boot) {
+            return None;
+        }
+        self.remove(request.counter).map(|ticket| ticket.reply)
+    }
+
+    /// Gives up what is due: rejected with `why` if it was never proposed, else unknown. Returns how many of each.
+    pub fn expire(&mut self, now: u64, why: Rejection) -> (u64, u64) {
+        let (mut rejected, mut unknown) = (0, 0);
+        while let Some(entry) = self.tickets.first_entry().filter(|entry| entry.get().deadline <= now) {
+            let ticket = entry.remove();
+            self.bytes -= ticket.command.len();
+            let failure = if ticket.proposed {
+                unknown += 1;
+                Failure::Unknown
+            } else {
+                rejected += 1;
+                Failure::Rejected(why)
+            };
+            channel::answer(ticket.reply, Err(failure));
+        }
+        (rejected, unknown)
+    }
+
+    fn remove(&mut self, counter: u64) -> Option<Ticket<A>> {
+        let ticket = self.tickets.remove(&counter)?;
+        self.bytes -= ticket.command.len();
+        Some(ticket)
+    }
+}
+
+/// One try to bring a write into the log.
+#[derive(Debug, Clone)]
+pub struct Proposed {
+    pub request: RequestId,
+    pub command: Bytes,
+    /// An earlier try may have done so.
+    again: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::channel::Applied;
+
+    type Answer = oneshot::Receiver<Result<Applied<()>, Failure>>;
+
+    fn pending() -> Pending<()> {
+        Pending::new(1, 7)
+    }
+
+    fn write(pending: &mut Pending<()>, command: &'static str, deadline: u64) -> Answer {
+        let (reply, answer) = oneshot::channel();
+        pending.admit(Bytes::from_static(command.as_bytes()), reply, deadline);
+        answer
+    }
+
+    fn commands(proposed: &[Proposed]) -> Vec<&[u8]> {
+        proposed.iter().map(|proposed| &proposed.command[..]).collect()
+    }
+
+    #[test]
+    fn what_was_never_proposed_is_rejected_and_what_was_is_unknown() {
+        let mut pending = pending();
+        let mut proposed = write(&mut pending, "a", 5);
+        let mut waiting = write(&mut pending, "b", 5);
+        let mut later = write(&mut pending, "c", 6);
+        assert_eq!(commands(&pending.take(1, 99)), [b"a"]);
+        assert_eq!(pending.expire(4, Rejection::NoLeader), (0, 0));
+        assert_eq!(pending.expire(5, Rejection::NoLeader), (1, 1));
+        assert_eq!(proposed.try_recv().unwrap(), Err(Failure::Unknown));
+        assert_eq!(waiting.try_recv().unwrap(), Err(Failure::Rejected(Rejection::NoLeader)));
+        assert!(later.try_recv().is_err());
+        assert_eq!((pending.len(), pending.bytes()), (1, 1));
+    }
+
+    #[test]
+    fn a_try_that_reached_no_log_leaves_no_doubt() {
+        let mut pending = pending();
+        let mut answer = write(&mut pending, "a", 5);
+        let first = pending.take(9, 99);
+        pending.not_proposed(&first);
+        assert_eq!(pending.expire(5, Rejection::NoLeader), (1, 0));
+        assert_eq!(answer.try_recv().unwrap(), Err(Failure::Rejected(Rejection::NoLeader)));
+    }
+
+    /// The first try may be in the log of a leader that is gone: no refusal of the second makes that sure.
+    #[test]
+    fn a_refusal_does_not_undo_an_earlier_try() {
+        let mut pending = pending();
+        let mut answer = write(&mut pending, "a", 5);
+        assert_eq!(pending.take(9, 99).len(), 1);
+        pending.leader_changed();
+        let again = pending.take(9, 99);
+        pending.refused(&again[0], Rejection::Busy);
+        assert!(answer.try_recv().is_err(), "still waiting");
+        assert!(pending.has_waiting());
+        assert_eq!(pending.expire(5, Rejection::NoLeader), (0, 1));
+        assert_eq!(answer.try_recv().unwrap(), Err(Failure::Unknown));
+    }
+
+    #[test]
+    fn order_and_limits_hold_when_tries_come_back() {
+        let mut pending = pending();
+        let _answers = ["a", "b", "c", "d"].map(|command| write(&mut pending, command, 5));
+        let first = pending.take(3, 2);
+        assert_eq!(commands(&first), [b"a", b"b"], "two bytes");
+        pending.not_proposed(&first);
+        assert_eq!(commands(&pending.take(3, 99)), [b"a", b"b", b"c"], "three writes");
+        pending.leader_changed();
+        assert_eq!(commands(&pending.take(9, 99)), [b"a", b"b", b"c", b"d"]);
+    }
+
+    #[test]
+    fn only_this_life_s_writes_meet_their_tickets_and_only_once() {
+        let mut pending = pending();
+        let _answer = write(&mut pending, "a", 5);
+        let request = pending.take(1, 99)[0].request;
+        assert!(pending.committed(RequestId { boot: 6, ..request }).is_none());
+        assert!(pending.committed(RequestId { node: 2, ..request }).is_none());
+        assert!(pending.committed(request).is_some());
+        assert!(pending.committed(request).is_none());
+        assert_eq!((pending.len(), pending.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn a_flood_is_rejected_not_queued() {
+        let mut pending = pending();
+        let answers: Vec<_> = (0..=TICKETS_MAX).map(|_| write(&mut pending, "a", 5)).collect();
+        let mut last = answers.into_iter().next_back().unwrap();
+        assert_eq!(last.try_recv().unwrap(), Err(Failure::Rejected(Rejection::Busy)));
+    }
+}
