@@ -9,11 +9,17 @@ use crate::cluster::Member;
 /// on every node, whatever the flags of each.
 pub const VALUE_BYTES_MAX: u64 = 4 << 20;
 
+/// The smallest log segment that `--wal-segment-bytes` may ask for: one must hold several of the largest frames.
+pub const WAL_SEGMENT_BYTES_MIN: u64 = 16 << 20;
+/// The largest: a spare of this size is zeroed beside the one in use.
+pub const WAL_SEGMENT_BYTES_MAX: u64 = 1 << 30;
+
 /// Everything a server needs to start.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub id: u64,
-    /// The founding members, `id` among them, in the order of their IDs.
+    /// The founding members in the order of their IDs, none twice. They found a cluster on a first start only, and
+    /// only then must `id` be among them: see [`Config::check_founding`].
     pub cluster: Vec<Member>,
     /// Where clients are served, `HOST:PORT`; `None` is all interfaces at `port`.
     pub listen: Option<String>,
@@ -26,6 +32,33 @@ pub struct Config {
     pub election_ticks: usize,
     pub request_timeout: Duration,
     pub max_value_bytes: u64,
-    /// Size of one log segment. At least `wal::SEGMENT_BYTES_MIN`.
+    /// Size of one log segment, from [`WAL_SEGMENT_BYTES_MIN`] to [`WAL_SEGMENT_BYTES_MAX`].
     pub wal_segment_bytes: u64,
+}
+
+impl Config {
+    /// Whether this node may found a cluster with this list. The server asks on a first start, before it writes
+    /// anything; later the data directory knows who the members are, and the list is not consulted.
+    pub fn check_founding(&self) -> Result<(), NotAFounder> {
+        if self.cluster.iter().any(|member| member.id == self.id) {
+            return Ok(());
+        }
+        Err(NotAFounder { id: self.id, founders: self.cluster.len() })
+    }
+}
+
+/// `--id` has no entry in `--cluster`. What the user typed: exit 2.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("--id {id} has no entry in --cluster, which lists members 1 to {founders}; a first start needs one")]
+pub struct NotAFounder {
+    id: u64,
+    founders: usize,
+}
+
+/// How log lines are written to stderr.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    /// One JSON object a line.
+    Json,
 }
