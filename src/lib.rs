@@ -3,4 +3,5 @@ pub mod channel;
 pub mod cluster;
 pub mod config;
 pub mod metrics;
+pub mod wal;
 pub mod window;
