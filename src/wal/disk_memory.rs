@@ -39,6 +39,9 @@ struct Content {
     durable_len: usize,
     /// Earlier contents of each sector written since the last sync, oldest first.
     dirty: BTreeMap<usize, Vec<Vec<u8>>>,
+    /// What is on the disk below sectors whose sync failed. As Linux has it, they read as written and later syncs pass
+    /// over them: only another write makes them durable.
+    lost: BTreeMap<usize, Vec<u8>>,
 }
 
 #[derive(Debug, Clone)]
@@ -73,7 +76,8 @@ impl MemoryDisk {
         self.shared().syncs
     }
 
-    /// Lets the operation with this number (counted from 0) fail with EIO. A write has happened all the same, unsynced.
+    /// Lets the operation with this number (counted from 0) fail with EIO. A write has happened all the same, unsynced;
+    /// what a sync should have made durable reads as written, and is lost at the next crash.
     pub fn fail_at(&self, operation: u64) {
         self.shared().fail_at = Some(operation);
     }
@@ -118,7 +122,7 @@ impl MemoryDisk {
         shared.names.insert(path.to_owned(), id);
         shared.durable_names.insert(path.to_owned(), id);
         let durable_len = bytes.len();
-        shared.files.insert(id, Content { bytes, durable_len, dirty: BTreeMap::new() });
+        shared.files.insert(id, Content { bytes, durable_len, ..Content::default() });
     }
 
     /// Flips one bit of a file: bit `bit % 8` of byte `bit / 8`.
@@ -135,6 +139,9 @@ impl MemoryDisk {
 
 impl Content {
     fn crash(&mut self, survives: &mut dyn FnMut() -> bool) {
+        for (sector, below) in std::mem::take(&mut self.lost) {
+            self.restore(sector, &below);
+        }
         for (sector, mut versions) in std::mem::take(&mut self.dirty) {
             // Several unsynced writes to one sector: any of them may be the last that reached the disk.
             let mut kept = None;
@@ -142,14 +149,26 @@ impl Content {
                 kept = versions.pop();
             }
             if let Some(kept) = kept {
-                let start = sector * SECTOR_BYTES;
-                self.bytes[start..start + kept.len()].copy_from_slice(&kept);
+                self.restore(sector, &kept);
             }
         }
         if self.bytes.len() != self.durable_len && !survives() {
             self.bytes.resize(self.durable_len, 0);
         }
         self.durable_len = self.bytes.len();
+    }
+
+    fn restore(&mut self, sector: usize, version: &[u8]) {
+        let start = sector * SECTOR_BYTES;
+        self.bytes[start..start + version.len()].copy_from_slice(version);
+    }
+
+    /// Forgets which sectors are not durable, though nothing made them so.
+    fn lose(&mut self) {
+        for (sector, versions) in std::mem::take(&mut self.dirty) {
+            let below = versions.into_iter().next().expect("a dirty sector has an earlier version");
+            self.lost.entry(sector).or_insert(below);
+        }
     }
 }
 
@@ -342,7 +361,9 @@ impl DiskFile for MemoryFile {
             let content = shared.files.get_mut(&self.id).expect("an open file has content");
             for sector in start / SECTOR_BYTES..end.div_ceil(SECTOR_BYTES) {
                 let whole = sector * SECTOR_BYTES..((sector + 1) * SECTOR_BYTES).min(content.bytes.len());
-                content.dirty.entry(sector).or_default().push(content.bytes[whole].to_vec());
+                let versions = content.dirty.entry(sector).or_default();
+                versions.extend(content.lost.remove(&sector));
+                versions.push(content.bytes[whole].to_vec());
             }
             content.bytes[start..end].copy_from_slice(new);
             Ok(())
@@ -358,11 +379,76 @@ impl DiskFile for MemoryFile {
         if shared.crashes != self.crashes {
             return Err(eio("sync", &self.path));
         }
-        shared.begin("sync", &self.path).map_err(|(_, error)| error)?;
-        shared.syncs += 1;
+        let outcome = shared.begin("sync", &self.path);
         let content = shared.files.get_mut(&self.id).expect("an open file has content");
+        if let Err((running, error)) = outcome {
+            if running {
+                content.lose();
+            }
+            return Err(error);
+        }
         content.dirty.clear();
         content.durable_len = content.bytes.len();
+        shared.syncs += 1;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = "/dir/file";
+
+    /// A file with 600 durable bytes of 1 and then 600 unsynced ones of 2 over them.
+    fn disk() -> (MemoryDisk, Box<dyn DiskFile>) {
+        let disk = MemoryDisk::new();
+        let mut file = disk.create(Path::new(FILE)).unwrap();
+        file.write_at(0, &[1; 600]).unwrap();
+        file.sync_data().unwrap();
+        disk.sync_dir(Path::new("/dir")).unwrap();
+        file.write_at(0, &[2; 600]).unwrap();
+        (disk, file)
+    }
+
+    #[test]
+    fn what_was_not_synced_survives_a_crash_by_the_sector() {
+        for (first, second) in [(false, false), (false, true), (true, false), (true, true)] {
+            let (disk, mut file) = disk();
+            let mut choices = [first, second].into_iter();
+            disk.crash(&mut || choices.next().unwrap());
+            let content = disk.content(Path::new(FILE)).unwrap();
+            assert_eq!((content[0], content[599]), (1 + u8::from(first), 1 + u8::from(second)));
+            file.write_at(0, &[3]).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn what_a_failed_sync_lost_is_durable_only_once_it_is_written_again() {
+        for again in [false, true] {
+            let (disk, mut file) = disk();
+            disk.fail_at(disk.operations());
+            file.sync_data().unwrap_err();
+            if again {
+                file.write_at(0, &[2; 600]).unwrap();
+            }
+            file.sync_data().unwrap();
+            assert_eq!(disk.content(Path::new(FILE)).unwrap(), [2; 600]);
+            disk.crash(&mut || true);
+            assert_eq!(disk.content(Path::new(FILE)).unwrap(), [1 + u8::from(again); 600]);
+        }
+    }
+
+    #[test]
+    fn a_name_is_durable_with_its_directory_and_a_full_disk_takes_no_more() {
+        let (disk, mut file) = disk();
+        disk.rename(Path::new(FILE), Path::new("/dir/other")).unwrap();
+        disk.crash(&mut || false);
+        assert_eq!(disk.list(Path::new("/dir")).unwrap(), ["file"]);
+        file.sync_data().unwrap_err();
+        disk.set_capacity(Some(1000));
+        let mut file = disk.open(Path::new(FILE)).unwrap();
+        assert!(file.allocate(1001).unwrap_err().is_disk_full());
+        file.allocate(1000).unwrap();
     }
 }

@@ -59,14 +59,12 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
         let file = disk.open(&path)?;
         let bytes = read_all(file.as_ref())?;
         let header = header(&path, &bytes, id)?;
-        if let Some((path, scan)) = &previous {
-            if scan.next_sequence != header.first_sequence {
-                let why = format!(
-                    "frame {} should follow, yet the next segment begins with {}",
-                    scan.next_sequence, header.first_sequence
-                );
-                return Err(corrupt(path, scan.tail, why));
-            }
+        if let Some((path, scan)) = &previous
+            && scan.next_sequence != header.first_sequence
+        {
+            let (expected, found) = (scan.next_sequence, header.first_sequence);
+            let why = format!("frame {expected} should follow, yet the next segment begins with {found}");
+            return Err(corrupt(path, scan.tail, why));
         }
         let scan = scan(&path, &bytes, &header, &mut replay)?;
         if id != last {

@@ -202,12 +202,10 @@ fn the_last_frame_cut_at_any_byte_is_dropped() {
         zeros[cut as usize..].fill(0);
         let mut garbage = whole.clone();
         garbage[cut as usize..last_frame.end as usize].fill(0xa5);
-        // Where the bytes behind the cut are what they were, nothing was cut.
+        // Where the bytes of the frame behind the cut are what they were, nothing was cut.
         let same = last_frame.end - cut <= zeros_at_end;
         let reaches = cut >= (start + frame_bytes) as u64;
-        for (torn, complete) in
-            [(zeros, same), (garbage, cut == last_frame.end), (whole[..cut as usize].to_vec(), reaches)]
-        {
+        for (torn, complete) in [(zeros, same), (garbage, reaches), (whole[..cut as usize].to_vec(), reaches)] {
             let disk = disk.fork();
             disk.set_content(&segment_path(3), torn);
             let (mut wal, recovered) = open(&disk).unwrap_or_else(|error| panic!("cut at {cut}: {error}"));

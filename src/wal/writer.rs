@@ -227,10 +227,10 @@ impl Preparer {
             // Nobody was told of anything in a spare, so that its failure does not stop the node: a disk that is
             // broken shows at the next append.
             let outcome = spare.prepare(stop);
-            if let Err(error) = &outcome {
-                if !failing {
-                    tracing::warn!(%error, "no spare log segment; trying again every second");
-                }
+            if let Err(error) = &outcome
+                && !failing
+            {
+                tracing::warn!(%error, "no spare log segment; trying again every second");
             }
             failing = outcome.is_err();
             if work.send(Work::Room).is_err() {
