@@ -380,9 +380,11 @@ impl DiskFile for MemoryFile {
             return Err(eio("sync", &self.path));
         }
         let outcome = shared.begin("sync", &self.path);
+        // Where the power goes, the crash decides what the sync still did.
+        let powered = shared.stop_at.is_none_or(|stop| shared.operations <= stop);
         let content = shared.files.get_mut(&self.id).expect("an open file has content");
-        if let Err((running, error)) = outcome {
-            if running {
+        if let Err((_, error)) = outcome {
+            if powered {
                 content.lose();
             }
             return Err(error);

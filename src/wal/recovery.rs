@@ -148,7 +148,7 @@ fn scan(path: &Path, bytes: &[u8], header: &Header, replay: &mut Replay) -> Resu
 /// The first good frame behind a bad one, in the same segment: its offset and sequence.
 fn later_frame(bytes: &[u8], header: &Header, scan: &Scan) -> Option<(usize, u64)> {
     let seed = header.frame_seed();
-    (scan.tail + FRAME_ALIGN..bytes.len()).step_by(FRAME_ALIGN).find_map(|offset| {
+    (scan.tail + FRAME_ALIGN..used_bytes(bytes)).step_by(FRAME_ALIGN).find_map(|offset| {
         let (_, sequence) = frame_claim(&bytes[offset..])?;
         // Most offsets are told off by a sequence that could not be here, before the cost of a checksum.
         let frames_max = (bytes.len() / FRAME_HEADER_BYTES) as u64;
@@ -159,17 +159,24 @@ fn later_frame(bytes: &[u8], header: &Header, scan: &Scan) -> Option<(usize, u64
 
 /// How much behind the tail was left by a write that tore; 0 where the log simply ends.
 fn torn_bytes(bytes: &[u8], header: &Header, scan: &Scan) -> u64 {
-    let behind = &bytes[scan.tail..bytes.len().min(scan.tail + FRAME_BYTES_MAX as usize)];
-    let nonzero = behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
     if !header.recycled {
-        return nonzero;
+        let end = used_bytes(bytes).min(scan.tail + FRAME_BYTES_MAX as usize);
+        let behind = bytes.get(scan.tail..end).unwrap_or_default();
+        return behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
     }
     // Behind the tail of a recycled segment lie frames of its earlier life: only a header with the awaited sequence
     // tells of a torn write there.
-    match frame_claim(behind) {
+    match frame_claim(&bytes[scan.tail..]) {
         Some((len, sequence)) if sequence == scan.next_sequence => (FRAME_HEADER_BYTES + len) as u64,
         _ => 0,
     }
+}
+
+/// Where the zeros begin that a segment ends with, roughly: most of a young one is zeros, told at the speed of memory.
+fn used_bytes(bytes: &[u8]) -> usize {
+    const BLOCK: [u8; 4096] = [0; 4096];
+    let zeros = bytes.rchunks(BLOCK.len()).take_while(|block| **block == BLOCK[..block.len()]).count();
+    bytes.len().saturating_sub(zeros * BLOCK.len())
 }
 
 fn corrupt(file: &Path, offset: usize, why: impl Into<String>) -> Error {

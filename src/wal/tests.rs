@@ -3,9 +3,18 @@
 
 use std::ops::Range;
 
-use super::disk::RealDisk;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use raft::eraftpb::{Entry, HardState};
+
+use super::disk::{Disk, RealDisk};
 use super::disk_memory::MemoryDisk;
-use super::*;
+use super::record::FRAME_BYTES_MAX;
+use super::segment::HEADER_BYTES;
+use super::{Append, Error, Options, Recovered, Room, SEGMENT_BYTES_MIN, Wal, record, segment};
+use crate::cluster::Member;
 
 /// Room for a few frames in each segment.
 const SEGMENT_BYTES: u64 = HEADER_BYTES + 1024;
@@ -157,7 +166,10 @@ fn the_real_disk_keeps_a_log_too() {
     let (_, recovered) = Wal::open(disk, &options, 1, Arc::default()).unwrap();
     assert_eq!(recovered.compacted, Some((8, 1)));
     assert_eq!(recovered.entries.iter().map(|entry| entry.index).collect::<Vec<_>>(), [9, 10, 11]);
+    // These were in the first segment, which has gone.
+    assert_eq!((recovered.segments, recovered.founders), (2, founders()));
     assert_eq!(recovered.nonces, BTreeMap::from([(2, 5)]));
+    assert_eq!(Some(recovered.hard_state), append(1, 2..5).hard_state);
 }
 
 #[test]
@@ -213,12 +225,33 @@ fn the_last_frame_cut_at_any_byte_is_dropped() {
             assert!(model == before || model == after, "cut at {cut}");
             assert_eq!(model == after, complete, "cut at {cut}");
             assert!(!complete || recovered.cut_bytes == 0, "cut at {cut}: {} bytes", recovered.cut_bytes);
+            let again = open(&disk.fork()).unwrap().1;
+            assert_eq!((Model::from(&again), again.cut_bytes), (model.clone(), 0), "cut at {cut}, once");
             // It goes on from there.
             let more = append(9, model.entries.len() as u64 + 2..model.entries.len() as u64 + 4);
             wal.append(std::slice::from_ref(&more)).unwrap();
             drop(wal);
             assert_eq!(Model::from(&open(&disk).unwrap().1), model.with(&more), "cut at {cut}");
         }
+    }
+}
+
+/// Whatever of it is left must not lie behind the frames that come next.
+#[test]
+fn a_long_torn_frame_is_cut_to_its_end() {
+    let disk = MemoryDisk::new();
+    let options = Options { segment_bytes: SEGMENT_BYTES_MIN, ..options() };
+    let (mut wal, _) = Wal::create(Arc::new(disk.clone()), &options, &founders(), 1, Arc::default()).unwrap();
+    let start = wal.active.tail as usize;
+    let entries = vec![entry(1, 2, vec![7; 3 << 20])];
+    wal.append(&[Append { number: 1, entries, ..Append::default() }]).unwrap();
+    let mut torn = disk.content(&segment_path(1)).unwrap();
+    torn[start..start + 512].fill(0);
+    disk.set_content(&segment_path(1), torn);
+    for cut_bytes in [(3 << 20)..(3 << 20) + 100, 0..1] {
+        let (_, recovered) = Wal::open(Arc::new(disk.clone()), &options, 1, Arc::default()).unwrap();
+        assert!(cut_bytes.contains(&recovered.cut_bytes), "{} bytes cut", recovered.cut_bytes);
+        assert!(recovered.entries.is_empty());
     }
 }
 
@@ -438,8 +471,8 @@ fn check(run: &Run, disk: &MemoryDisk, story: &str) {
     let last = model.entries.keys().last().copied().unwrap_or(compacted);
     let more = append(99, last + 1..last + 3);
     wal.append(std::slice::from_ref(&more)).unwrap();
-    drop(wal);
-    assert_eq!(Model::from(&open(disk).unwrap().1), model.with(&more), "{story}");
+    disk.crash(&mut || false);
+    assert_eq!(Model::from(&open(disk).unwrap().1), model.with(&more), "{story}, and again");
 }
 
 #[test]
@@ -466,8 +499,8 @@ fn power_lost_at_any_operation_loses_nothing_that_was_synced() {
     }
 }
 
-/// The process is killed or stops at an error; what it wrote is in the kernel's memory. The next start, or the one
-/// after it, loses power.
+/// The process is killed or stops at an error; what it wrote is in the kernel's memory. The next start loses power, or
+/// the one after it, or what comes after a good start.
 #[test]
 fn an_error_and_then_power_lost_while_the_log_is_opened_loses_nothing() {
     for fail in 0.. {
@@ -477,7 +510,8 @@ fn an_error_and_then_power_lost_while_the_log_is_opened_loses_nothing() {
             let disk = MemoryDisk::new();
             disk.fail_at(fail);
             let run = run(&disk);
-            for _ in 0..2 {
+            disk.fail_at(u64::MAX);
+            for _ in 0..seed % 3 {
                 let stop = disk.operations() + dice.below(24);
                 disk.stop_at(stop);
                 if let Ok((wal, _)) = open(&disk) {

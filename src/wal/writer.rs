@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::log::Counts;
 use super::spare::Spare;
-use super::{Append, Counts, Error, Room, Wal};
+use super::{Append, Error, Room, Wal};
 use crate::metrics::Metrics;
 
 /// The most that is taken into one append; a longer queue is taken in turns.
