@@ -9,4 +9,5 @@ pub mod logs;
 pub mod metrics;
 pub mod node;
 pub mod store;
+pub mod wal;
 pub mod window;
