@@ -1,4 +1,5 @@
 //! (the tour comes here)
+pub mod api;
 pub mod channel;
 pub mod cluster;
 pub mod command;
