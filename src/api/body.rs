@@ -143,5 +143,5 @@ fn stalled() -> Refusal {
 
 fn broken(error: &hyper::Error) -> Refusal {
     let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-    Refusal::bad_request(format!("not applied: the body is broken: {}", cause.escape_debug()))
+    Refusal::bad_request(format!("not applied: the body is broken: {}", cause.escape_debug())).close()
 }

@@ -18,6 +18,7 @@ use crate::kv;
 pub type Answer = Response<Full<Bytes>>;
 
 pub const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+pub const CLOSE: HeaderValue = HeaderValue::from_static("close");
 pub const BYTES: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
 static X_RAFT_INDEX: HeaderName = HeaderName::from_static("x-raft-index");
@@ -69,10 +70,13 @@ impl Reply {
     }
 
     pub fn refusal(self, refusal: &Refusal) -> Answer {
-        let reply = match refusal.extra.clone() {
-            Some((name, value)) => self.with(name, HeaderValue::from_static(value)),
-            None => self,
-        };
+        let mut reply = self;
+        if let Some((name, value)) = refusal.extra.clone() {
+            reply = reply.with(name, HeaderValue::from_static(value));
+        }
+        if refusal.closes {
+            reply = reply.with(header::CONNECTION, CLOSE);
+        }
         reply.content(refusal.status, TEXT, refusal.line())
     }
 
@@ -91,11 +95,12 @@ pub struct Refusal {
     /// Without its line end.
     reason: Cow<'static, str>,
     extra: Option<(HeaderName, &'static str)>,
+    closes: bool,
 }
 
 impl Refusal {
     pub fn new(status: StatusCode, reason: impl Into<Cow<'static, str>>) -> Self {
-        Refusal { status, reason: reason.into(), extra: None }
+        Refusal { status, reason: reason.into(), extra: None, closes: false }
     }
 
     pub fn bad_request(reason: impl Into<Cow<'static, str>>) -> Self {
@@ -150,6 +155,12 @@ impl Refusal {
     fn of(error: kv::Error, reason: String) -> Self {
         let refusal = Refusal::new(status(error), reason);
         if refusal.status == StatusCode::SERVICE_UNAVAILABLE { refusal.retry() } else { refusal }
+    }
+
+    /// Nothing behind this request can be read.
+    pub fn close(mut self) -> Self {
+        self.closes = true;
+        self
     }
 
     pub fn status(&self) -> StatusCode {

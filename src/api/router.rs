@@ -7,11 +7,10 @@ use std::task::Poll;
 
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONNECTION, EXPECT};
-use hyper::http::HeaderValue;
 use hyper::http::request::Parts;
 use hyper::{HeaderMap, Method, Request, StatusCode, Uri};
 
-use super::reply::{Answer, Refusal, Reply};
+use super::reply::{Answer, CLOSE, Refusal, Reply};
 use super::target::{self, Place};
 use super::{Api, HEADER_BYTES_MAX, ops, raftexample};
 use crate::metrics;
@@ -28,9 +27,10 @@ pub async fn answer(api: &Api, request: Request<Incoming>) -> (Answer, bool) {
         route(api, &method, &uri, &mut body, reply).await
     };
     count(api, label(&method), answer.status());
-    let unread = !body.is_end_stream() && (waits_for_continue || !drain(&mut body).await);
+    let unread = answer.headers().contains_key(CONNECTION)
+        || !body.is_end_stream() && (waits_for_continue || !drain(&mut body).await);
     if unread {
-        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        answer.headers_mut().insert(CONNECTION, CLOSE);
     }
     (answer, unread)
 }

@@ -157,7 +157,7 @@ async fn headers_that_trickle_are_slow() {
 
 #[tokio::test]
 async fn idle_connections_are_closed_in_time_and_in_silence() {
-    let server = Server::with(Limits { idle_time: Duration::from_millis(30), ..Limits::default() }).await;
+    let server = Server::with(Limits { idle_time: Duration::from_millis(200), ..Limits::default() }).await;
     let mut fresh = server.client().await;
     fresh.closed().await;
     let mut used = server.client().await;
@@ -172,7 +172,7 @@ async fn idle_connections_are_closed_in_time_and_in_silence() {
 
 #[tokio::test]
 async fn a_request_in_flight_is_not_idle() {
-    let tight = Duration::from_millis(20);
+    let tight = Duration::from_millis(150);
     let mut server =
         Server::with(Limits { idle_time: tight, head_time: tight, write_time: tight, ..Limits::default() }).await;
     server.mode.send_replace(Mode::Hold);
