@@ -100,15 +100,15 @@ async fn one_connection_too_many_is_told_so() {
 }
 
 #[tokio::test]
-async fn thousands_of_idle_connections_do_not_matter() {
+async fn many_idle_connections_do_not_matter() {
     let server = Server::start().await;
     // As many as the usual limit of 1,024 descriptors allows, both ends being here.
     let mut idle = Vec::new();
-    for _ in 0..400 {
+    for _ in 0..300 {
         idle.push(server.client().await);
     }
     assert_eq!(server.ask(put("k", "v")).await.status, 204);
-    assert_eq!(idle[399].ask(get("k")).await.text(), "v");
+    assert_eq!(idle[299].ask(get("k")).await.text(), "v");
     assert_eq!(idle[0].ask(get("k")).await.text(), "v");
 }
 
