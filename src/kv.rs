@@ -136,6 +136,11 @@ impl Service {
         *self.leadership.borrow()
     }
 
+    /// Index of the last entry applied here.
+    pub fn applied(&self) -> u64 {
+        self.view.state().applied()
+    }
+
     pub async fn status(&self) -> Result<Status, Error> {
         let (reply, answer) = oneshot::channel();
         self.propose(Proposal::Status { reply })?;

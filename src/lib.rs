@@ -1,4 +1,5 @@
 //! (the tour comes here)
+pub mod api;
 pub mod channel;
 pub mod cli;
 pub mod cluster;
