@@ -1,0 +1,174 @@
+//! Messages between the members of a cluster, over HTTP in the shape of etcd's rafthttp. It owns every connection to
+//! and from a peer: who may connect, streams, the pipeline, forwarded proposals, probes. It knows nothing of raft's
+//! rules: it hands over what a proven sender sent to this member, once, and reports what it could not send. The node
+//! holds a [`Transport`] and receives [`Event`]s; `docs/peer-protocol.md` has the protocol.
+//!
+//! ```text
+//! node ── send ──▶ outbox ──▶ stream (a response that never ends) or pipeline (POST) ──▶ peer
+//! node ◀─ events ─ receive ◀── stream (our GET) or listener (its POST)              ◀── peer
+//! ```
+//!
+//! Reading order: `handshake`, `frame`, `outbox`, `stream`, `listener`; then `hub` and `peer`, which hold the state
+//! that these share.
+
+mod dial;
+mod frame;
+mod handshake;
+mod hub;
+mod listener;
+mod outbox;
+mod peer;
+mod pipeline;
+mod probe;
+mod propose;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use raft::eraftpb::Message;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+pub use self::frame::{FRAME_BYTES_MAX, FRAME_ENTRIES_MAX, FRAME_OVERHEAD_BYTES};
+pub use self::handshake::Refusal;
+pub use self::peer::PeerStatus;
+pub use self::propose::{PROPOSE_BYTES_MAX, Position, ProposeError};
+use crate::channel::{Rejection, RequestId};
+use crate::cluster::{Member, PeerUrl};
+use crate::metrics::Metrics;
+
+/// A stream without a byte for this long is dead; an exchange without an answer is lost.
+const IO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What this member says of itself to its peers.
+pub struct Settings {
+    pub id: u64,
+    pub cluster: u64,
+    /// Of the data directory: tells a member from one that lost its data.
+    pub nonce: u64,
+    /// Of this start: rises with each, so that frames of an earlier one are known as old.
+    pub boot: u64,
+    pub urls: Vec<PeerUrl>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// What the transport tells the node. The channel is bounded and the transport waits when it is full: peers then wait
+/// too, for their data stay in TCP's buffers.
+#[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly every event is a message, and a box would cost an allocation each"
+)]
+pub enum Event {
+    /// From a proven sender to this member, not a repeat. Nothing else in it was checked.
+    Message(Message),
+    /// Writes that member `from` forwards to the leader. To drop `reply` is to say that the outcome is unknown.
+    Propose { from: u64, proposals: Vec<(RequestId, Bytes)>, reply: oneshot::Sender<Vec<Result<Position, Rejection>>> },
+    /// The first contact with a peer's data directory: it is dealt with once the node has recorded it durably and
+    /// answered [`Meeting::Known`]. Asked again until then.
+    Meet { peer: u64, nonce: u64, reply: oneshot::Sender<Meeting> },
+    /// That peer accepted us, and our stream of its messages is open. `leader` is the one it knows, 0 for none.
+    Accepted { peer: u64, leader: u64 },
+    /// That peer opened its stream of our messages.
+    Attached { peer: u64 },
+    /// Messages to that peer were lost, or a stream broke. Reports that the node has not taken yet are merged.
+    Unreachable { peer: u64 },
+    /// Who answers at that peer's address refused us; `OtherNonce`, `NotAMember` and `Removed` come from the proven peer
+    /// itself. Repeated with each try.
+    Refused { peer: u64, refusal: Refusal },
+}
+
+/// The node's verdict over a peer's ID and nonce.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meeting {
+    /// Deal with it: recorded.
+    Known,
+    /// That ID belongs to another data directory.
+    OtherNonce,
+    NotAMember,
+    Removed,
+}
+
+/// The connections to and from all peers. All methods are cheap and none waits, but for `close`.
+pub struct Transport {
+    hub: Arc<hub::Hub>,
+}
+
+impl Transport {
+    /// Serves peers on `listeners` and connects to `peers` (this member among them is ignored) until `shutdown` or
+    /// [`Transport::close`].
+    pub fn start(
+        settings: Settings,
+        listeners: Vec<TcpListener>,
+        peers: Vec<Member>,
+        events: mpsc::Sender<Event>,
+        shutdown: CancellationToken,
+    ) -> Transport {
+        let hub = hub::Hub::new(settings, events, shutdown.child_token());
+        hub.spawn(hub.clone().report());
+        for listener in listeners {
+            hub.spawn(listener::serve(hub.clone(), listener));
+        }
+        hub.set_peers(peers);
+        Transport { hub }
+    }
+
+    /// Queues each message for the peer in its `to`. A full queue drops the message and reports the peer unreachable;
+    /// messages to no peer are dropped. Give one turn's messages in one call: each peer is woken once a call.
+    pub fn send(&self, mut messages: Vec<Message>) {
+        messages.sort_by_key(|message| message.to);
+        let mut messages = messages.into_iter().peekable();
+        while let Some(to) = messages.peek().map(|message| message.to) {
+            let group = std::iter::from_fn(|| messages.next_if(|message| message.to == to));
+            match self.hub.peer(to) {
+                Some(peer) => {
+                    let dropped = peer.outbox.push(group);
+                    self.hub.lost(&peer, dropped);
+                }
+                None => tracing::debug!(to, messages = group.count(), "dropped messages to a member without address"),
+            }
+        }
+    }
+
+    /// Forwards writes to the leader: an outcome for each, in order. Asserts that they fit [`PROPOSE_BYTES_MAX`].
+    pub fn propose(
+        &self,
+        leader: u64,
+        proposals: Vec<(RequestId, Bytes)>,
+    ) -> impl Future<Output = Result<Vec<Result<Position, Rejection>>, ProposeError>> + Send + use<> {
+        let hub = self.hub.clone();
+        async move { propose::propose(&hub, leader, &proposals).await }
+    }
+
+    /// The leader that peers are told of from now on, 0 for none.
+    pub fn set_leader(&self, leader: u64) {
+        self.hub.set_leader(leader);
+    }
+
+    /// Makes `peers` the members to connect to: starts what is new, dials changed addresses, drops who was a member and
+    /// is none now. Who introduced itself but was never listed stays.
+    pub fn set_peers(&self, peers: Vec<Member>) {
+        self.hub.set_peers(peers);
+    }
+
+    /// All peers, by ID.
+    pub fn status(&self) -> Vec<PeerStatus> {
+        self.hub.status()
+    }
+
+    /// Ends all tasks and connections. What was queued is lost.
+    pub async fn close(&self) {
+        self.hub.close().await;
+    }
+}
+
+/// Locks a mutex whose holders never panic.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no holder of a transport lock panics")
+}

@@ -1,0 +1,290 @@
+//! One peer: where it is, what waits for it, what was heard from it. Plain state; the tasks that work on it are in
+//! `stream`, `pipeline`, `probe` and `propose`.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use http_body_util::Full;
+use hyper::client::conn::http1::SendRequest;
+use prometheus_client::metrics::counter::Counter;
+use serde::Serialize;
+use tokio::sync::{Notify, Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use super::handshake::Refusal;
+use super::locked;
+use super::outbox::Outbox;
+use crate::cluster::PeerUrl;
+use crate::metrics::{self, Metrics};
+use crate::window::{Seen, Window};
+
+/// Frames that may come out of order, by the pipeline beside the stream, and still be told from repeats.
+const WINDOW_FRAMES: usize = 8192;
+/// Requests of ours with proposals that one peer works on at once; further ones wait.
+const PROPOSALS_MAX: usize = 8;
+/// After a failed connection, requests other than the stream's fail at once for this long: with the stream's own tries
+/// a dead peer is dialled at most 10 times a second.
+const DIAL_PAUSE: Duration = Duration::from_millis(200);
+
+pub struct Peer {
+    pub id: u64,
+    pub outbox: Outbox,
+    /// Notified when there is a reason to dial at once.
+    pub knocked: Notify,
+    /// Connections that wait for the next request.
+    pub idle: Mutex<Vec<SendRequest<Full<bytes::Bytes>>>>,
+    pub proposals: Semaphore,
+    pub figures: Figures,
+    /// Ends all that belongs to this peer.
+    pub stop: CancellationToken,
+    place: Mutex<Place>,
+    heard: Mutex<Option<(u64, Window)>>,
+    state: Mutex<State>,
+}
+
+struct Place {
+    urls: Arc<[PeerUrl]>,
+    /// Index of the URL that worked last.
+    preferred: usize,
+    /// Known only from its own introduction.
+    visitor: bool,
+    no_dial_before: Option<Instant>,
+}
+
+/// Figures that are counted often, looked up once.
+pub struct Figures {
+    pub sent_bytes: Counter,
+    pub received_bytes: Counter,
+    pub dropped_messages: Counter,
+}
+
+#[derive(Default)]
+struct State {
+    standing: Option<Standing>,
+    round_trip: Option<Duration>,
+    clock_drift_seconds: Option<f64>,
+    last_error: Option<String>,
+}
+
+/// How our stream of the peer's messages stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    Open,
+    Unreachable,
+    Refused(Refusal),
+}
+
+/// What to do with a frame.
+pub enum Admission {
+    New,
+    Repeat,
+    OldBoot,
+}
+
+/// One peer as an operator sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct PeerStatus {
+    pub id: u64,
+    pub urls: Vec<PeerUrl>,
+    /// Its messages reach us.
+    pub stream_in: bool,
+    /// It takes our messages.
+    pub stream_out: bool,
+    pub round_trip_seconds: Option<f64>,
+    /// Its clock less ours.
+    pub clock_drift_seconds: Option<f64>,
+    pub queued_messages: usize,
+    pub queued_bytes: usize,
+    pub last_error: Option<String>,
+}
+
+impl Peer {
+    pub fn new(id: u64, urls: Vec<PeerUrl>, visitor: bool, metrics: &Metrics, stop: CancellationToken) -> Self {
+        let label = metrics::Peer { peer: id };
+        Peer {
+            id,
+            outbox: Outbox::default(),
+            knocked: Notify::new(),
+            idle: Mutex::default(),
+            proposals: Semaphore::new(PROPOSALS_MAX),
+            figures: Figures {
+                sent_bytes: metrics.peer_sent_bytes.get_or_create(&label).clone(),
+                received_bytes: metrics.peer_received_bytes.get_or_create(&label).clone(),
+                dropped_messages: metrics.peer_dropped_messages.get_or_create(&label).clone(),
+            },
+            stop,
+            place: Mutex::new(Place { urls: urls.into(), preferred: 0, visitor, no_dial_before: None }),
+            heard: Mutex::default(),
+            state: Mutex::default(),
+        }
+    }
+
+    /// The peer is a member, at these URLs.
+    pub fn list(&self, urls: Vec<PeerUrl>) {
+        let mut place = locked(&self.place);
+        place.visitor = false;
+        place.move_to(urls, &self.knocked);
+    }
+
+    /// The peer named these URLs itself. They count until it is listed: the log knows better than a flag.
+    pub fn visit(&self, urls: Vec<PeerUrl>) {
+        let mut place = locked(&self.place);
+        if place.visitor {
+            place.move_to(urls, &self.knocked);
+        }
+    }
+
+    pub fn is_visitor(&self) -> bool {
+        locked(&self.place).visitor
+    }
+
+    /// The peer connected to us, so it is up: dial it now.
+    pub fn knock(&self) {
+        locked(&self.place).no_dial_before = None;
+        self.knocked.notify_one();
+    }
+
+    /// Its URLs with their indices, the one that worked last first.
+    pub fn urls(&self) -> Vec<(usize, PeerUrl)> {
+        let place = locked(&self.place);
+        let mut urls: Vec<_> = place.urls.iter().cloned().enumerate().collect();
+        urls.rotate_left(place.preferred);
+        urls
+    }
+
+    /// Whether another connection may be tried. After one that failed, one caller at a time finds out whether the peer is
+    /// back, and the others fail at once.
+    pub fn may_dial(&self) -> bool {
+        let (mut place, now) = (locked(&self.place), Instant::now());
+        match place.no_dial_before {
+            None => true,
+            Some(instant) if now < instant => false,
+            Some(_) => {
+                place.no_dial_before = Some(now + DIAL_PAUSE);
+                true
+            }
+        }
+    }
+
+    /// How the last try to connect ended: at the URL of this index, or at none.
+    pub fn dialled(&self, url: Option<usize>) {
+        let mut place = locked(&self.place);
+        place.no_dial_before = if url.is_none() { Some(Instant::now() + DIAL_PAUSE) } else { None };
+        // The list may have changed meanwhile.
+        place.preferred = url.filter(|index| *index < place.urls.len()).unwrap_or(0);
+    }
+
+    /// Tells a new frame from a repeat, and from one that an earlier start of the peer left in the network.
+    pub fn admit(&self, boot: u64, sequence: u64) -> Admission {
+        let mut heard = locked(&self.heard);
+        let window = match &mut *heard {
+            Some((newest, _)) if boot < *newest => return Admission::OldBoot,
+            Some((newest, window)) if boot == *newest => window,
+            heard => &mut heard.insert((boot, Window::new(WINDOW_FRAMES))).1,
+        };
+        match window.mark(sequence) {
+            Seen::New => Admission::New,
+            // Too old to tell: raft survives a lost message, and not every repeated one.
+            Seen::Repeat | Seen::TooOld => Admission::Repeat,
+        }
+    }
+
+    /// Records how our stream stands, and logs it if that is news.
+    pub fn stand(&self, standing: Standing, error: Option<String>) {
+        let mut state = locked(&self.state);
+        let news = state.standing.replace(standing) != Some(standing);
+        if error.is_some() {
+            state.last_error = error;
+        }
+        if !news {
+            return;
+        }
+        let (peer, error) = (self.id, state.last_error.as_deref().unwrap_or_default());
+        match standing {
+            Standing::Open => tracing::info!(peer, "connected to peer"),
+            Standing::Unreachable => tracing::warn!(peer, error, "peer is unreachable"),
+            Standing::Refused(refusal) => tracing::warn!(peer, error, "peer refused us: {refusal}"),
+        }
+    }
+
+    /// Records an error that does not change how the stream stands.
+    pub fn note(&self, error: String) {
+        locked(&self.state).last_error = Some(error);
+    }
+
+    pub fn probed(&self, round_trip: Duration, clock_drift_seconds: f64) {
+        let mut state = locked(&self.state);
+        state.round_trip = Some(round_trip);
+        state.clock_drift_seconds = Some(clock_drift_seconds);
+    }
+
+    pub fn status(&self) -> PeerStatus {
+        let (queued_messages, queued_bytes) = self.outbox.queued();
+        let state = locked(&self.state);
+        PeerStatus {
+            id: self.id,
+            urls: locked(&self.place).urls.to_vec(),
+            stream_in: state.standing == Some(Standing::Open),
+            stream_out: self.outbox.is_attached(),
+            round_trip_seconds: state.round_trip.map(|round_trip| round_trip.as_secs_f64()),
+            clock_drift_seconds: state.clock_drift_seconds,
+            queued_messages,
+            queued_bytes,
+            last_error: state.last_error.clone(),
+        }
+    }
+}
+
+impl Place {
+    fn move_to(&mut self, urls: Vec<PeerUrl>, knocked: &Notify) {
+        if *self.urls != *urls {
+            (self.urls, self.preferred, self.no_dial_before) = (urls.into(), 0, None);
+            knocked.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer() -> Peer {
+        let urls = ["http://a:1", "http://b:2"].map(|url| PeerUrl::parse(url).unwrap());
+        Peer::new(2, urls.into(), true, &Metrics::new(), CancellationToken::new())
+    }
+
+    #[test]
+    fn a_repeat_is_known_within_a_start_and_an_older_start_is_refused() {
+        let peer = peer();
+        assert!(matches!(peer.admit(5, 1), Admission::New));
+        assert!(matches!(peer.admit(5, 1), Admission::Repeat));
+        assert!(matches!(peer.admit(6, 1), Admission::New), "another start counts anew");
+        assert!(matches!(peer.admit(5, 2), Admission::OldBoot));
+    }
+
+    #[test]
+    fn the_url_that_worked_is_tried_first() {
+        let peer = peer();
+        peer.dialled(Some(1));
+        assert_eq!(peer.urls()[0].1.authority(), "b:2");
+        peer.visit(vec![PeerUrl::parse("http://c:3").unwrap()]);
+        assert_eq!(peer.urls()[0], (0, PeerUrl::parse("http://c:3").unwrap()));
+    }
+
+    #[test]
+    fn what_the_log_says_of_an_address_counts_more_than_what_a_peer_says() {
+        let peer = peer();
+        peer.list(vec![PeerUrl::parse("http://c:3").unwrap()]);
+        peer.visit(vec![PeerUrl::parse("http://d:4").unwrap()]);
+        assert_eq!(peer.status().urls[0].authority(), "c:3");
+    }
+
+    #[test]
+    fn a_peer_that_did_not_answer_is_left_alone_until_it_knocks() {
+        let peer = peer();
+        peer.dialled(None);
+        assert!(!peer.may_dial());
+        peer.knock();
+        assert!(peer.may_dial());
+    }
+}
