@@ -1,4 +1,52 @@
-//! (the tour comes here)
+//! **raftkv**: a key-value server that is replicated with raft, in the shape of etcd's raftexample.
+//!
+//! ```text
+//!          curl
+//!            │ HTTP
+//!          api/       the client port: paths, statuses, limits
+//!            │
+//!           kv        the service: one meaning for each operation, whatever the protocol
+//!            │ Proposal (Write · Read · Status), a bounded channel
+//!          node/      one task around the raft core: drain, step, write, send, publish
+//!         ╱    ╲
+//!      wal/   transport/ ⇄ the other members, over HTTP
+//!            │ Commit (Apply · Skip · Barrier), in log order
+//!          store/     the state in memory: applies, then answers whoever waits
+//! ```
+//!
+//! # A write's journey
+//!
+//! 1. `curl -XPUT` reaches [`api`], which turns path and body into a key and a value and asks [`kv`].
+//! 2. [`kv`] checks limits, encodes a [`command`], and sends it up the propose channel ([`channel::Proposal`]) with a
+//!    place for the answer.
+//! 3. The [`node`] gives it a [`channel::RequestId`] and keeps the place for the answer as a ticket. If this member
+//!    leads, the command becomes a log entry; if not, it is forwarded to the leader, again and again if need be: the
+//!    store knows a repeat when it sees one.
+//! 4. The entry goes to the [`wal`] and, at the same time, through the [`transport`] to the others. Nothing in the node
+//!    waits for a disk or a peer: both report back as events.
+//! 5. When it is durable on a majority, raft calls it committed. On every member it goes down the commit channel
+//!    ([`channel::Commit`]); where the ticket is, the ticket goes with it.
+//! 6. The [`store`] applies it and answers the ticket. Only now curl sees its 204.
+//!
+//! If anything goes wrong on the way, the client learns which of two things is true: the write was *not applied* and
+//! never will be, or its outcome is *unknown*.
+//!
+//! # A read's journey
+//!
+//! A GET asks the node for a barrier. One question to the leader (which asks a majority whether it still leads) serves
+//! all reads that wait; the answer is an index, and once this member has applied that much, its own state may be read.
+//!
+//! # Reading order
+//!
+//! [`channel`] (what goes up and what comes back), [`store`] (the service), `node::core` (raft and the order of
+//! effects), [`node`] (the task), [`wal`], [`transport`], [`kv`] and [`api`], and at last [`server`], which wires them.
+//!
+//! # Who may use whom
+//!
+//! Data flows one way, and so do the imports; `tests/tidy.rs` holds them to it. [`cluster`], [`window`], [`config`],
+//! [`metrics`] and [`channel`] are leaves. The node never sees the store, and cannot decode a command: whoever wants to
+//! replicate another service takes the two channels and writes another store.
+
 pub mod api;
 pub mod channel;
 pub mod cli;
@@ -9,6 +57,8 @@ pub mod kv;
 pub mod logs;
 pub mod metrics;
 pub mod node;
+pub mod server;
 pub mod store;
+pub mod transport;
 pub mod wal;
 pub mod window;

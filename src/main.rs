@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use raftkv::{cli, logs};
+use raftkv::{cli, logs, server};
 
 fn main() -> ExitCode {
     let args = match cli::parse(std::env::args_os()) {
@@ -13,9 +13,8 @@ fn main() -> ExitCode {
     if let Err(error) = logs::init(args.log_format) {
         return cli::complain(error, 2);
     }
-    // In place of the server: what it checks first.
-    match args.config.check_founding() {
-        Ok(()) => cli::complain("there is no server yet", 1),
-        Err(error) => cli::complain(error, 2),
+    match server::run(args.config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => cli::complain(&error, error.exit_code()),
     }
 }

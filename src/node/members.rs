@@ -55,11 +55,6 @@ impl Members {
         self.members.iter()
     }
 
-    /// The others.
-    pub fn peers(&self) -> Vec<Member> {
-        self.members.iter().filter(|member| member.id != self.id).cloned().collect()
-    }
-
     /// A peer shows itself with the nonce of its data directory.
     pub fn meet(&mut self, peer: u64, nonce: u64) -> Acquaintance {
         if peer == self.id || !self.members.iter().any(|member| member.id == peer) {
