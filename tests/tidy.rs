@@ -24,7 +24,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("channel", &["cluster"]),
     ("config", &["cluster"]),
     ("cluster", &[]),
-    ("command", &[]),
+    ("command", &["channel"]),
     ("metrics", &[]),
     ("window", &[]),
 ];
@@ -389,9 +389,14 @@ struct File {
     text: String,
 }
 
+/// The sources below a directory; of `src/`, those that ship.
 fn rust_files(directory: &str) -> Vec<File> {
+    let is_test = |path: &Path| {
+        directory == "src"
+            && path.components().any(|part| ["tests", "tests.rs"].map(AsRef::as_ref).contains(&part.as_os_str()))
+    };
     let mut paths = files_below(Path::new(directory), true);
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "rs") && !is_test(path));
     assert!(!paths.is_empty(), "no files in {directory}");
     paths.into_iter().map(|path| File { text: read(&path), path }).collect()
 }

@@ -7,9 +7,11 @@
 
 mod admit;
 mod core;
+mod intake;
 mod logger;
 mod members;
 mod mirror;
+mod peers;
 mod pending;
 mod reads;
 
@@ -17,23 +19,19 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use raft::eraftpb::{EntryType, Message, MessageType};
+use raft::eraftpb::EntryType;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{error, info};
 
 pub use self::core::FOUNDING;
 use self::core::{Core, Start, Turn};
-use self::members::{Acquaintance, Members};
+use self::members::Members;
 use self::pending::{Pending, Proposed};
 use self::reads::Reads;
-use crate::channel::{
-    self, Commit, CommitSender, Failure, Leadership, MemberStatus, NodeStatus, Proposal, Queues, Rejection, RequestId,
-    ServiceGone,
-};
+use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, ServiceGone};
 use crate::metrics::{Metrics, Reason};
 use crate::transport::{self, Meeting, Position, ProposeError, Transport};
 use crate::wal::writer::{self, Writer};
@@ -41,12 +39,6 @@ use crate::wal::{self, Append, Recovered, Room};
 
 /// Events taken in one turn from each source, so that no source starves another.
 const EVENTS_PER_TURN: usize = 1024;
-
-/// Bytes of command proposed to raft, or forwarded, at once.
-const PROPOSAL_BYTES_MAX: usize = 1 << 20;
-
-/// Forwarded proposals under way to the leader; what comes meanwhile waits and goes together.
-const FORWARDS_MAX: usize = 4;
 
 /// Bytes that may wait for the log before proposals and appends are turned away.
 const WAL_QUEUE_BYTES_MAX: u64 = 64 << 20;
@@ -244,34 +236,6 @@ impl<A: Send + 'static> Node<A> {
         metrics.raft_commit_index.set(self.core.position().commit as i64);
     }
 
-    fn on_proposal(&mut self, proposal: Proposal<A>) {
-        let deadline = self.now + self.request_ticks;
-        match proposal {
-            Proposal::Status { reply } => channel::answer(reply, self.status()),
-            Proposal::Read { reply } if self.stop_by.is_some() => channel::answer(reply, Err(Rejection::Stopping)),
-            Proposal::Read { reply } => self.reads.admit(reply, deadline),
-            Proposal::Write { command, reply } => match self.closed_to_writes() {
-                Some(rejection) => channel::answer(reply, Err(Failure::Rejected(rejection))),
-                None => self.pending.admit(command, reply, deadline),
-            },
-        }
-    }
-
-    /// Why no write is taken now, here or from another member.
-    fn closed_to_writes(&self) -> Option<Rejection> {
-        if self.stop_by.is_some() {
-            Some(Rejection::Stopping)
-        } else if self.room == Room::Full {
-            Some(Rejection::DiskFull)
-        } else if self.ends.commits.backlog_bytes() > BACKLOG_BYTES_MAX
-            || self.ends.wal.queued_bytes() > WAL_QUEUE_BYTES_MAX
-        {
-            Some(Rejection::Busy)
-        } else {
-            None
-        }
-    }
-
     fn on_wal(&mut self, event: writer::Event) -> Result<(), Stopped> {
         match event {
             writer::Event::Persisted { number } => {
@@ -294,142 +258,6 @@ impl<A: Send + 'static> Node<A> {
             writer::Event::Failed(error) => return Err(error.into()),
         }
         Ok(())
-    }
-
-    fn on_peer(&mut self, event: transport::Event) -> Result<(), Stopped> {
-        match event {
-            transport::Event::Message(message) => return self.on_message(message),
-            transport::Event::Propose { proposals, reply, .. } => self.on_foreign_proposals(&proposals, reply),
-            transport::Event::Meet { peer, nonce, reply } => self.on_meet(peer, nonce, reply),
-            transport::Event::Accepted { peer, leader } => {
-                self.members.accepted(peer, leader);
-                for request in self.members.release_votes() {
-                    self.on_message(request)?;
-                }
-                self.stand_first(false);
-            }
-            transport::Event::Attached { peer } => {
-                self.members.attached(peer);
-                self.stand_first(false);
-            }
-            transport::Event::Unreachable { peer } => {
-                self.members.unreachable(peer);
-                self.core.report_unreachable(peer);
-            }
-            transport::Event::Refused { peer, refusal: transport::Refusal::OtherNonce } => {
-                return Err(Stopped::OtherDirectory { peer });
-            }
-            transport::Event::Refused { peer, refusal } => debug!(peer, ?refusal, "refused"),
-        }
-        Ok(())
-    }
-
-    fn on_message(&mut self, message: Message) -> Result<(), Stopped> {
-        let kind = message.get_msg_type();
-        if let Err(refusal) = admit::admit(&message, &self.core) {
-            return match refusal {
-                admit::Refusal::Senseless(word) => {
-                    debug!(from = message.from, ?kind, word, "message refused");
-                    self.count_refused(word);
-                    Ok(())
-                }
-                admit::Refusal::DataLost { commit, last } => {
-                    Err(Stopped::DataLost { leader: message.from, commit, last })
-                }
-            };
-        }
-        let asks_for_vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
-        if asks_for_vote && !self.members.may_vote() {
-            self.members.hold_vote(message);
-        } else if kind == MessageType::MsgAppend && !self.has_room_for(&message) {
-            // As good as lost on its way: the leader sends it again.
-            self.count_refused("no room in the log");
-        } else {
-            self.core.step(message);
-        }
-        Ok(())
-    }
-
-    fn count_refused(&self, reason: &'static str) {
-        self.ends.metrics.messages_refused.get_or_create(&Reason { reason }).inc();
-    }
-
-    fn has_room_for(&self, append: &Message) -> bool {
-        let queued = self.ends.wal.queued_bytes();
-        if append.entries.is_empty() || (self.room == Room::Ok && queued <= WAL_QUEUE_BYTES_MAX) {
-            return true;
-        }
-        let size: u64 = append.entries.iter().map(|entry| entry.data.len() as u64 + 128).sum();
-        queued <= WAL_QUEUE_BYTES_MAX && queued + size + RESERVE_BYTES <= self.ends.wal.status().room_bytes
-    }
-
-    /// Another member's writes, if this one leads. What it appends comes back to that member as committed entries.
-    fn on_foreign_proposals(
-        &mut self,
-        proposals: &[(RequestId, Bytes)],
-        reply: oneshot::Sender<Vec<Result<Position, Rejection>>>,
-    ) {
-        let outcome = match self.closed_to_writes() {
-            Some(rejection) => Err(rejection),
-            None => self.core.propose(proposals),
-        };
-        let positions = (0..proposals.len() as u64)
-            .map(|nth| outcome.map(|(term, first)| Position { term, index: first + nth }))
-            .collect();
-        channel::answer(reply, positions);
-    }
-
-    fn on_meet(&mut self, peer: u64, nonce: u64, reply: oneshot::Sender<Meeting>) {
-        match self.members.meet(peer, nonce) {
-            // Another handshake may have brought it a moment ago: it is durable when all that was written is.
-            Acquaintance::Known if self.writing.is_empty() => channel::answer(reply, Meeting::Known),
-            Acquaintance::Known => self.write(Append::default(), Durable::Acquaintance(reply)),
-            Acquaintance::New => {
-                self.write(Append { nonces: vec![(peer, nonce)], ..Append::default() }, Durable::Acquaintance(reply));
-            }
-            Acquaintance::Other => {
-                warn!(peer, "refused: this member was met with another data directory before");
-                channel::answer(reply, Meeting::OtherNonce);
-            }
-            Acquaintance::Stranger => channel::answer(reply, Meeting::NotAMember),
-        }
-    }
-
-    fn on_forwarded(&mut self, done: Result<Forwarded, tokio::task::JoinError>) {
-        // The task only awaits an answer: a panic there is a bug that must not pass for a lost proposal.
-        let (batch, answer) = done.expect("forwarding does not panic and is not aborted");
-        match answer {
-            Ok(outcomes) if outcomes.len() == batch.len() => {
-                for (proposed, outcome) in batch.iter().zip(outcomes) {
-                    match outcome {
-                        Ok(Position { .. }) => {}
-                        Err(Rejection::NoLeader | Rejection::Stopping) => {
-                            self.pending.not_proposed(std::slice::from_ref(proposed));
-                            self.propose_from = self.now + 1;
-                        }
-                        Err(rejection @ (Rejection::Busy | Rejection::DiskFull)) => {
-                            self.pending.refused(proposed, rejection);
-                            self.propose_from = self.now + 1;
-                        }
-                    }
-                }
-            }
-            Err(ProposeError::NotSent(why)) => {
-                debug!(why, "proposals not forwarded");
-                self.pending.not_proposed(&batch);
-                self.propose_from = self.now + 1;
-            }
-            Ok(_) => {
-                debug!("the leader's answer names another number of proposals");
-                self.pending.lost(&batch);
-                self.propose_from = self.now + 1;
-            }
-            Err(ProposeError::Unknown(why)) => {
-                debug!(why, "proposals forwarded with unknown outcome");
-                self.pending.lost(&batch);
-                self.propose_from = self.now + 1;
-            }
-        }
     }
 
     /// Where a quorum is connected and nobody leads, the first of it stands for election now; if a lower ID may still
@@ -488,35 +316,6 @@ impl<A: Send + 'static> Node<A> {
         Ok(())
     }
 
-    fn propose(&mut self) {
-        let leader = self.core.position().leader;
-        while self.pending.has_waiting() && leader != 0 && self.propose_from <= self.now {
-            if leader != self.settings.id && self.forwards.len() >= FORWARDS_MAX {
-                return;
-            }
-            let batch = self.pending.take(EVENTS_PER_TURN, PROPOSAL_BYTES_MAX);
-            let commands: Vec<_> = batch.iter().map(|proposed| (proposed.request, proposed.command.clone())).collect();
-            if leader != self.settings.id {
-                if !commands.is_empty() {
-                    let answer = self.ends.transport.propose(leader, commands);
-                    self.forwards.spawn(async move { (batch, answer.await) });
-                }
-                continue;
-            }
-            match self.core.propose(&commands) {
-                Ok(_) => {}
-                Err(Rejection::NoLeader) => {
-                    self.pending.not_proposed(&batch);
-                    self.propose_from = self.now + 1;
-                }
-                Err(rejection) => {
-                    batch.iter().rev().for_each(|proposed| self.pending.refused(proposed, rejection));
-                    self.propose_from = self.now + 1;
-                }
-            }
-        }
-    }
-
     fn ask_read_index(&mut self) {
         if let Some(context) = self.reads.question(self.now)
             && self.core.read_index(context)
@@ -554,33 +353,6 @@ impl<A: Send + 'static> Node<A> {
             self.propose_from = 0;
             self.pending.leader_changed();
             self.reads.leader_changed();
-        }
-    }
-
-    fn status(&self) -> NodeStatus {
-        let at = self.core.position();
-        let connections = self.ends.transport.status();
-        let members = self.members.iter().map(|member| MemberStatus {
-            id: member.id,
-            urls: member.urls.iter().map(ToString::to_string).collect(),
-            progress: self.core.progress(member.id),
-            connection: connections.iter().find(|peer| peer.id == member.id).map(|peer| serde_json::json!(peer)),
-        });
-        NodeStatus {
-            id: at.id,
-            cluster: format!("{:016x}", self.settings.cluster),
-            role: self.core.role(),
-            term: at.term,
-            leader: at.leader,
-            commit: at.commit,
-            members: members.collect(),
-            wal: serde_json::json!(self.ends.wal.status()),
-            queues: Queues {
-                proposals: self.pending.len(),
-                proposed_bytes: self.pending.bytes(),
-                reads: self.reads.len(),
-                unapplied_bytes: self.ends.commits.backlog_bytes(),
-            },
         }
     }
 

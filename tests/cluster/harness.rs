@@ -17,12 +17,12 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Polls until `condition` gives something. Panics with `what` at the deadline.
 pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
+    let deadline = Instant::now() + DEADLINE;
     loop {
         if let Some(found) = condition() {
             return found;
         }
-        assert!(started.elapsed() < DEADLINE, "timed out: {what}");
+        assert!(Instant::now() < deadline, "timed out: {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

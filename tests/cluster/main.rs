@@ -1,6 +1,8 @@
 //! Real processes, real sockets: what a user sees. Nodes are started on free ports, killed, stopped, paused, wiped and
 //! restarted; every write that was acknowledged must be there in the end, on every member.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod defects;
 mod disk;
 mod harness;

@@ -1,0 +1,115 @@
+//! What peers say, and what becomes of it: messages for raft, writes that they forward, their handshakes.
+
+use bytes::Bytes;
+use raft::eraftpb::{Message, MessageType};
+use tokio::sync::oneshot;
+use tracing::{debug, warn};
+
+use super::admit::{self, admit};
+use super::members::Acquaintance;
+use super::{Durable, Node, RESERVE_BYTES, Stopped, WAL_QUEUE_BYTES_MAX};
+use crate::channel::{self, Rejection, RequestId};
+use crate::metrics::Reason;
+use crate::transport::{self, Meeting, Position};
+use crate::wal::{Append, Room};
+
+impl<A: Send + 'static> Node<A> {
+    pub(super) fn on_peer(&mut self, event: transport::Event) -> Result<(), Stopped> {
+        match event {
+            transport::Event::Message(message) => return self.on_message(message),
+            transport::Event::Propose { proposals, reply, .. } => self.on_foreign_proposals(&proposals, reply),
+            transport::Event::Meet { peer, nonce, reply } => self.on_meet(peer, nonce, reply),
+            transport::Event::Accepted { peer, leader } => {
+                self.members.accepted(peer, leader);
+                for request in self.members.release_votes() {
+                    self.on_message(request)?;
+                }
+                self.stand_first(false);
+            }
+            transport::Event::Attached { peer } => {
+                self.members.attached(peer);
+                self.stand_first(false);
+            }
+            transport::Event::Unreachable { peer } => {
+                self.members.unreachable(peer);
+                self.core.report_unreachable(peer);
+            }
+            transport::Event::Refused { peer, refusal: transport::Refusal::OtherNonce } => {
+                return Err(Stopped::OtherDirectory { peer });
+            }
+            transport::Event::Refused { peer, refusal } => debug!(peer, ?refusal, "refused"),
+        }
+        Ok(())
+    }
+
+    fn on_message(&mut self, message: Message) -> Result<(), Stopped> {
+        let kind = message.get_msg_type();
+        if let Err(refusal) = admit(&message, &self.core) {
+            return match refusal {
+                admit::Refusal::Senseless(word) => {
+                    debug!(from = message.from, ?kind, word, "message refused");
+                    self.count_refused(word);
+                    Ok(())
+                }
+                admit::Refusal::DataLost { commit, last } => {
+                    Err(Stopped::DataLost { leader: message.from, commit, last })
+                }
+            };
+        }
+        let asks_for_vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
+        if asks_for_vote && !self.members.may_vote() {
+            self.members.hold_vote(message);
+        } else if kind == MessageType::MsgAppend && !self.has_room_for(&message) {
+            // As good as lost on its way: the leader sends it again.
+            self.count_refused("no room in the log");
+        } else {
+            self.core.step(message);
+        }
+        Ok(())
+    }
+
+    fn count_refused(&self, reason: &'static str) {
+        self.ends.metrics.messages_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    fn has_room_for(&self, append: &Message) -> bool {
+        let queued = self.ends.wal.queued_bytes();
+        if append.entries.is_empty() || (self.room == Room::Ok && queued <= WAL_QUEUE_BYTES_MAX) {
+            return true;
+        }
+        let size: u64 = append.entries.iter().map(|entry| entry.data.len() as u64 + 128).sum();
+        queued <= WAL_QUEUE_BYTES_MAX && queued + size + RESERVE_BYTES <= self.ends.wal.status().room_bytes
+    }
+
+    /// Another member's writes, if this one leads. What it appends comes back to that member as committed entries.
+    fn on_foreign_proposals(
+        &mut self,
+        proposals: &[(RequestId, Bytes)],
+        reply: oneshot::Sender<Vec<Result<Position, Rejection>>>,
+    ) {
+        let outcome = match self.closed_to_writes() {
+            Some(rejection) => Err(rejection),
+            None => self.core.propose(proposals),
+        };
+        let positions = (0..proposals.len() as u64)
+            .map(|nth| outcome.map(|(term, first)| Position { term, index: first + nth }))
+            .collect();
+        channel::answer(reply, positions);
+    }
+
+    fn on_meet(&mut self, peer: u64, nonce: u64, reply: oneshot::Sender<Meeting>) {
+        match self.members.meet(peer, nonce) {
+            // Another handshake may have brought it a moment ago: it is durable when all that was written is.
+            Acquaintance::Known if self.writing.is_empty() => channel::answer(reply, Meeting::Known),
+            Acquaintance::Known => self.write(Append::default(), Durable::Acquaintance(reply)),
+            Acquaintance::New => {
+                self.write(Append { nonces: vec![(peer, nonce)], ..Append::default() }, Durable::Acquaintance(reply));
+            }
+            Acquaintance::Other => {
+                warn!(peer, "refused: this member was met with another data directory before");
+                channel::answer(reply, Meeting::OtherNonce);
+            }
+            Acquaintance::Stranger => channel::answer(reply, Meeting::NotAMember),
+        }
+    }
+}
