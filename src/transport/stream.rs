@@ -94,9 +94,6 @@ impl Body for Outgoing {
             }
         };
         this.wrote = Instant::now();
-        if this.keep_alive.is_elapsed() {
-            this.keep_alive.as_mut().reset(this.wrote + KEEP_ALIVE_AFTER);
-        }
         this.peer.figures.sent_bytes.inc_by(bytes.len() as u64);
         Poll::Ready(Some(Ok(hyper::body::Frame::data(bytes))))
     }
@@ -162,13 +159,16 @@ async fn read(hub: &Arc<Hub>, peer: &Arc<Peer>) -> End {
     // Driven by this task: a message then wakes one task on its way in, not two.
     let mut connection = pin!(connection);
     let request = hub.identity.request(Method::GET, STREAM, peer.id, Bytes::new());
+    let mut connected = true;
     let opening = async {
         let mut response = pin!(sender.send_request(request));
         tokio::select! {
             biased;
-            response = &mut response => response.map_err(|error| error.to_string()),
-            ended = &mut connection => Err(ended.err().map_or("closed".to_owned(), |error| error.to_string())),
+            response = &mut response => return response,
+            _ = &mut connection => connected = false,
         }
+        // The peer answered and closed at once, or only closed: both are known by now.
+        response.await
     };
     let response = match timeout(IO_TIMEOUT, opening).await {
         Ok(Ok(response)) => response,
@@ -187,13 +187,18 @@ async fn read(hub: &Arc<Hub>, peer: &Arc<Peer>) -> End {
     };
     peer.stand(Standing::Open, None);
     hub.tell(Event::Accepted { peer: peer.id, leader }).await;
-    End::Broke(frames(hub, peer, response.into_body(), connection).await)
+    End::Broke(frames(hub, peer, response.into_body(), connection, connected).await)
 }
 
-/// Hands over all frames of an open stream. Returns why it ended.
-async fn frames<C: Future>(hub: &Hub, peer: &Peer, mut body: Incoming, mut connection: Pin<&mut C>) -> String {
+/// Hands over all frames of an open stream, and drives its connection while `connected`. Returns why it ended.
+async fn frames<C: Future>(
+    hub: &Hub,
+    peer: &Peer,
+    mut body: Incoming,
+    mut connection: Pin<&mut C>,
+    mut connected: bool,
+) -> String {
     let mut decoder = Decoder::default();
-    let mut connected = true;
     let mut heard = Instant::now();
     let mut deadline = pin!(sleep_until(heard + IO_TIMEOUT));
     loop {

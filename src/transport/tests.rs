@@ -130,6 +130,16 @@ impl Node {
         self.metrics.transport_refused.get_or_create(&Reason { reason }).get()
     }
 
+    /// Waits until something was refused for this reason.
+    async fn refusing(&self, reason: &'static str) {
+        let counted = timeout(DEADLINE, async {
+            while self.count(reason) == 0 {
+                tokio::task::yield_now().await;
+            }
+        });
+        counted.await.unwrap_or_else(|_| panic!("nothing was refused for {reason}"));
+    }
+
     async fn close(self) {
         self.transport.close().await;
         // Ends when nothing holds the events' sender any more: no task outlives its transport.
@@ -184,8 +194,8 @@ fn refusal(headers: &HeaderMap) -> &str {
     headers.get("x-raft-refusal").map_or("", |token| token.to_str().unwrap())
 }
 
-/// A peer that answers every stream request with this head and these bytes, by hand.
-async fn fake_peer(id: u64, nonce: u64, body: Bytes) -> (PeerUrl, JoinHandle<()>) {
+/// A peer that answers every stream request with this status and these bytes, by hand.
+async fn fake_peer(id: u64, status: &'static str, body: Bytes) -> (PeerUrl, JoinHandle<()>) {
     let (listener, url) = listen().await;
     let serving = tokio::spawn(async move {
         loop {
@@ -200,7 +210,8 @@ async fn fake_peer(id: u64, nonce: u64, body: Bytes) -> (PeerUrl, JoinHandle<()>
                 continue;
             }
             let answer = format!(
-                "HTTP/1.1 200 OK\r\nX-Raft-From: {id}\r\nX-Raft-Cluster-ID: {CLUSTER:016x}\r\nX-Raft-Nonce: {nonce:016x}\r\n\r\n"
+                "HTTP/1.1 {status}\r\nX-Raft-From: {id}\r\nX-Raft-Cluster-ID: {CLUSTER:016x}\r\nX-Raft-Nonce: {:016x}\r\n\r\n",
+                nonce(id)
             );
             // Whoever hung up does not mind.
             stream.write_all(&[answer.as_bytes(), &body].concat()).await.ok();
@@ -378,27 +389,56 @@ async fn a_member_that_is_refused_is_told_why() {
 }
 
 #[tokio::test]
-async fn a_stranger_at_a_peers_address_cannot_tell_us_to_stop() {
-    let (listener, url) = listen().await;
-    // Member 3 answers where member 2 is expected, and would say that we are removed.
+async fn another_member_at_a_peers_address_is_not_taken_for_it() {
     let three = Node::alone(3).await;
-    three.verdicts.lock().unwrap().insert(1, Meeting::Removed);
+    let (listener, url) = listen().await;
     let mut one = Node::start(1, 1, listener, &url, vec![member(2, &three.url)]);
     assert_eq!(one.refused().await, (2, Refusal::WrongReceiver));
-    // A wiped member 2 is not used, though it would accept us.
-    let (listener, wiped_url) = listen().await;
-    one.verdicts.lock().unwrap().insert(2, Meeting::OtherNonce);
-    let wiped = Node::start(2, 1, listener, &wiped_url, Vec::new());
-    one.transport.set_peers(vec![member(2, &wiped.url)]);
-    let seen = timeout(DEADLINE, async {
-        while one.count("other-nonce") == 0 {
-            tokio::task::yield_now().await;
+}
+
+#[tokio::test]
+async fn a_stranger_at_a_peers_address_cannot_tell_us_to_leave() {
+    for (id, told) in [(3, None), (2, Some((2, Refusal::Removed)))] {
+        let (fake_url, serving) = fake_peer(id, "410 Gone\r\nX-Raft-Refusal: removed", Bytes::new()).await;
+        let (listener, url) = listen().await;
+        let mut one = Node::start(1, 1, listener, &url, vec![member(2, &fake_url)]);
+        match told {
+            Some(refused) => assert_eq!(one.refused().await, refused),
+            None => {
+                one.refusing("wrong-receiver").await;
+                assert!(one.events.try_recv().is_err(), "the node hears nothing of it");
+            }
         }
-    });
-    seen.await.unwrap();
+        serving.abort();
+    }
+}
+
+/// It would accept us: it knows nobody. But its answer would be that of a member without memory.
+#[tokio::test]
+async fn a_wiped_peer_is_not_used() {
+    let wiped = Node::alone(2).await;
+    let (listener, url) = listen().await;
+    let mut one = Node::start(1, 1, listener, &url, vec![]);
+    one.verdicts.lock().unwrap().insert(2, Meeting::OtherNonce);
+    one.transport.set_peers(vec![member(2, &wiped.url)]);
+    one.refusing("other-nonce").await;
     while let Ok(event) = one.events.try_recv() {
         assert!(!matches!(event, Event::Accepted { .. }), "{event:?}");
     }
+}
+
+/// It was away for so long that it is dialled rarely; when it comes, it is dialled at once.
+#[tokio::test]
+async fn a_peer_that_connects_to_us_is_dialled_at_once() {
+    let (absent, absent_url) = listen().await;
+    let (listener, url) = listen().await;
+    let one = Node::start(1, 1, listener, &url, vec![member(2, &absent_url)]);
+    // One probe, and tries with pauses of 20, 40, … 640 ms: the next comes after half a second at least.
+    for _ in 0..8 {
+        drop(timeout(DEADLINE, absent.accept()).await.unwrap().unwrap());
+    }
+    let _stream = call(&one.url, player(2, &absent_url).request(Method::GET, STREAM, 1, Bytes::new())).await;
+    timeout(Duration::from_millis(400), absent.accept()).await.expect("it is dialled").unwrap();
 }
 
 #[tokio::test]
@@ -449,7 +489,7 @@ async fn a_stream_of_garbage_is_closed_after_what_was_good() {
         (sealed(1, 2, &heartbeat(3, 1, 1)), "frame-wrong-sender"),
     ] {
         let body = [sealed(1, 1, &heartbeat(2, 1, 42)), garbage].concat();
-        let (fake_url, serving) = fake_peer(2, nonce(2), body.into()).await;
+        let (fake_url, serving) = fake_peer(2, "200 OK", body.into()).await;
         let (listener, url) = listen().await;
         let mut one = Node::start(1, 1, listener, &url, vec![member(2, &fake_url)]);
         assert_eq!(one.message().await.index, 42);
