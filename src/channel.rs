@@ -167,6 +167,10 @@ pub enum Rejection {
     Busy,
     #[error("the disk is full")]
     DiskFull,
+    #[error("this member does not catch up with the others")]
+    Behind,
+    #[error("the leader does not understand it: it may run an older version")]
+    NotUnderstood,
     #[error("the node is stopping")]
     Stopping,
 }

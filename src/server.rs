@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket, lookup_host};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -19,6 +20,7 @@ use tracing::{info, warn};
 use crate::api::{Api, Limits};
 use crate::channel::{self, Leadership};
 use crate::cluster::{Member, PeerUrl, cluster_id};
+use crate::command::Command;
 use crate::config::{Config, NotAFounder};
 use crate::kv::Service;
 use crate::metrics::Metrics;
@@ -69,6 +71,31 @@ impl Error {
             Error::Bind { .. } | Error::Wal(_) | Error::Node(_) | Error::Store(_) | Error::Runtime(_) => 1,
         }
     }
+}
+
+/// Files that the log, the peers and the process itself may open beside the clients' connections.
+const OWN_FILES_MAX: u64 = 512;
+
+/// Takes as many open files as the system lets it, and says how many of them may be clients: a server that runs out of
+/// them could not open its next log segment.
+fn connections_max() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    let files = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(error) => {
+            warn!(%error, "the limit of open files stays as it is");
+            limit.current
+        }
+    };
+    let files = files.unwrap_or(u64::MAX);
+    let clients = files.saturating_sub(OWN_FILES_MAX).max(files / 4);
+    let wanted = Limits::default().connections_max;
+    let allowed = usize::try_from(clients).unwrap_or(usize::MAX).min(wanted);
+    if allowed < wanted {
+        warn!(files, "few files may be open: at most {allowed} client connections are taken");
+    }
+    allowed
 }
 
 /// Runs a server until it is told to stop by TERM or INT (a second one ends the process at once), or cannot go on.
@@ -280,6 +307,7 @@ impl Running {
         let ends = Ends {
             proposals,
             commits,
+            understands: Box::new(|command| Command::decode(command).is_ok()),
             leadership: leadership_in,
             wal,
             wal_events,
@@ -287,7 +315,7 @@ impl Running {
             peer_events,
             metrics: metrics.clone(),
         };
-        let api = Api::new(service, metrics, Limits::default());
+        let api = Api::new(service, metrics, Limits { connections_max: connections_max(), ..Limits::default() });
         Ok(Running {
             api: tokio::spawn(api.serve(vec![clients], stop_api.clone())),
             log: Log {

@@ -132,7 +132,8 @@ impl Refusal {
     pub fn write(error: kv::Error) -> Self {
         let hint = match error {
             kv::Error::NotApplied(Rejection::NoLeader | Rejection::Busy) => "; try again",
-            kv::Error::NotApplied(Rejection::Stopping) => "; try another member",
+            kv::Error::NotApplied(Rejection::Stopping | Rejection::Behind) => "; try another member",
+            kv::Error::NotApplied(Rejection::NotUnderstood) => "; upgrade all members first",
             kv::Error::NotApplied(Rejection::DiskFull) => "; make room on it, meanwhile reads go on",
             kv::Error::Unknown => "; read the key before writing it again",
             kv::Error::EmptyKey | kv::Error::KeyTooLong { .. } | kv::Error::ValueTooLarge { .. } => "",
@@ -193,9 +194,9 @@ fn status(error: kv::Error) -> StatusCode {
         kv::Error::EmptyKey => StatusCode::BAD_REQUEST,
         kv::Error::KeyTooLong { .. } => StatusCode::URI_TOO_LONG,
         kv::Error::ValueTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-        kv::Error::NotApplied(Rejection::NoLeader | Rejection::Busy | Rejection::Stopping) => {
-            StatusCode::SERVICE_UNAVAILABLE
-        }
+        kv::Error::NotApplied(
+            Rejection::NoLeader | Rejection::Busy | Rejection::Stopping | Rejection::Behind | Rejection::NotUnderstood,
+        ) => StatusCode::SERVICE_UNAVAILABLE,
         kv::Error::NotApplied(Rejection::DiskFull) => StatusCode::INSUFFICIENT_STORAGE,
         kv::Error::Unknown => StatusCode::GATEWAY_TIMEOUT,
     }

@@ -62,6 +62,9 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
             Ok(())
         }
         MessageType::MsgHeartbeat => {
+            if message.term == at.term && at.leader != 0 && at.leader != message.from {
+                return refuse("two leaders");
+            }
             // A leader tells each follower a commit index that it has acknowledged to be durable.
             if message.term >= at.term && message.commit > at.last {
                 return Err(Refusal::DataLost { commit: message.commit, last: at.last });
@@ -115,6 +118,10 @@ fn append(message: &Message, core: &Core) -> Result<(), Refusal> {
         };
         if entry.term < term || entry.term > message.term {
             return refuse("entry term");
+        }
+        // An entry without content opens a term. Many of them would make messages that no frame can hold.
+        if entry.term == term && entry.data.is_empty() && entry.context.is_empty() {
+            return refuse("empty entry");
         }
         term = entry.term;
         check_entry(entry)?;

@@ -17,7 +17,8 @@ const FORWARDS_MAX: usize = 4;
 
 impl<A: Send + 'static> Node<A> {
     pub(super) fn on_proposal(&mut self, proposal: Proposal<A>) {
-        let deadline = self.now + self.request_ticks;
+        // The tick under way counts for nothing, or a request would be given up before its time.
+        let deadline = self.now + self.request_ticks + 1;
         match proposal {
             Proposal::Status { reply } => channel::answer(reply, self.status()),
             Proposal::Read { reply } if self.stop_by.is_some() => channel::answer(reply, Err(Rejection::Stopping)),
@@ -85,7 +86,12 @@ impl<A: Send + 'static> Node<A> {
                             self.pending.not_proposed(std::slice::from_ref(proposed));
                             self.propose_from = self.now + 1;
                         }
-                        Err(rejection @ (Rejection::Busy | Rejection::DiskFull)) => {
+                        Err(
+                            rejection @ (Rejection::Busy
+                            | Rejection::DiskFull
+                            | Rejection::Behind
+                            | Rejection::NotUnderstood),
+                        ) => {
                             self.pending.refused(proposed, rejection);
                             self.propose_from = self.now + 1;
                         }

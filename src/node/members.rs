@@ -26,6 +26,8 @@ pub struct Members {
     id: u64,
     members: Vec<Member>,
     nonces: BTreeMap<u64, u64>,
+    /// The last directory that a member was refused with.
+    suspects: BTreeMap<u64, u64>,
     /// This node never took part: whether it is new or its directory was wiped, only the others know.
     fresh: bool,
     /// Peers that took our handshake in this life, and those among them that knew no leader then.
@@ -43,6 +45,7 @@ impl Members {
             id,
             members,
             nonces,
+            suspects: BTreeMap::new(),
             fresh,
             accepted_by: BTreeSet::new(),
             leaderless: BTreeSet::new(),
@@ -70,6 +73,11 @@ impl Members {
         }
     }
 
+    /// Whether `peer` was not seen with this foreign directory before.
+    pub fn is_new_suspect(&mut self, peer: u64, nonce: u64) -> bool {
+        self.suspects.insert(peer, nonce) != Some(nonce)
+    }
+
     /// `peer` took our handshake; it knew `leader`, 0 for none.
     pub fn accepted(&mut self, peer: u64, leader: u64) {
         self.accepted_by.insert(peer);
@@ -91,8 +99,9 @@ impl Members {
         self.leaderless.remove(&peer);
     }
 
-    /// Whether this node may vote, for itself too: it took part before, or enough others took its handshake, so that
-    /// one of them would know if it had voted in an earlier life.
+    /// Whether this node may vote, for itself too: it took part before, or so many others took its handshake that one
+    /// of them would most likely know an earlier life of it. Not surely: where all that met it then are down, nobody is
+    /// left to tell.
     pub fn may_vote(&self) -> bool {
         !self.fresh || self.is_quorum(self.accepted_by.len() + 1)
     }

@@ -59,10 +59,15 @@ pub struct Settings {
     pub request_timeout: Duration,
 }
 
+/// The service's word on a command, before it is in the log.
+pub type Understands = Box<dyn Fn(&[u8]) -> bool + Send>;
+
 /// What connects the node to the rest.
 pub struct Ends<A> {
     pub proposals: mpsc::Receiver<Proposal<A>>,
     pub commits: CommitSender<A>,
+    /// Whether the service can apply a command; asked of what other members forward.
+    pub understands: Understands,
     pub leadership: watch::Sender<Leadership>,
     pub wal: Writer,
     pub wal_events: mpsc::UnboundedReceiver<writer::Event>,
@@ -349,6 +354,8 @@ impl<A: Send + 'static> Node<A> {
         self.ends.metrics.raft_leader.set(at.leader as i64);
         self.ends.transport.set_leader(at.leader);
         self.ends.leadership.send_replace(leadership);
+        // What was forwarded to another leader may hang there: its outcome is unknown, and it is proposed again.
+        self.forwards = JoinSet::new();
         if at.leader != 0 {
             self.propose_from = 0;
             self.pending.leader_changed();

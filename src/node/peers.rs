@@ -8,7 +8,7 @@ use tracing::{debug, warn};
 use super::admit::{self, admit};
 use super::members::Acquaintance;
 use super::{Durable, Node, RESERVE_BYTES, Stopped, WAL_QUEUE_BYTES_MAX};
-use crate::channel::{self, Rejection, RequestId};
+use crate::channel::{self, COMMAND_BYTES_MAX, Rejection, RequestId};
 use crate::metrics::Reason;
 use crate::transport::{self, Meeting, Position};
 use crate::wal::{Append, Room};
@@ -17,7 +17,7 @@ impl<A: Send + 'static> Node<A> {
     pub(super) fn on_peer(&mut self, event: transport::Event) -> Result<(), Stopped> {
         match event {
             transport::Event::Message(message) => return self.on_message(message),
-            transport::Event::Propose { proposals, reply, .. } => self.on_foreign_proposals(&proposals, reply),
+            transport::Event::Propose { from, proposals, reply } => self.on_foreign_proposals(from, &proposals, reply),
             transport::Event::Meet { peer, nonce, reply } => self.on_meet(peer, nonce, reply),
             transport::Event::Accepted { peer, leader } => {
                 self.members.accepted(peer, leader);
@@ -84,12 +84,22 @@ impl<A: Send + 'static> Node<A> {
     /// Another member's writes, if this one leads. What it appends comes back to that member as committed entries.
     fn on_foreign_proposals(
         &mut self,
+        from: u64,
         proposals: &[(RequestId, Bytes)],
         reply: oneshot::Sender<Vec<Result<Position, Rejection>>>,
     ) {
-        let outcome = match self.closed_to_writes() {
-            Some(rejection) => Err(rejection),
-            None => self.core.propose(proposals),
+        // What a member may not send, no member may find in the log: it could not be stored, or not be applied.
+        let fits = |(request, command): &(RequestId, Bytes)| {
+            request.node == from && command.len() <= COMMAND_BYTES_MAX && (self.ends.understands)(command)
+        };
+        let outcome = if !proposals.iter().all(fits) {
+            warn!(from, "forwarded commands refused: too large, in another's name, or of a newer version");
+            self.count_refused("forwarded command");
+            Err(Rejection::NotUnderstood)
+        } else if let Some(rejection) = self.closed_to_writes() {
+            Err(rejection)
+        } else {
+            self.core.propose(proposals)
         };
         let positions = (0..proposals.len() as u64)
             .map(|nth| outcome.map(|(term, first)| Position { term, index: first + nth }))
@@ -106,7 +116,9 @@ impl<A: Send + 'static> Node<A> {
                 self.write(Append { nonces: vec![(peer, nonce)], ..Append::default() }, Durable::Acquaintance(reply));
             }
             Acquaintance::Other => {
-                warn!(peer, "refused: this member was met with another data directory before");
+                if self.members.is_new_suspect(peer, nonce) {
+                    warn!(peer, "refused: this member was met with another data directory before");
+                }
                 channel::answer(reply, Meeting::OtherNonce);
             }
             Acquaintance::Stranger => channel::answer(reply, Meeting::NotAMember),

@@ -21,8 +21,10 @@ struct Ticket<A> {
     reply: Reply<A>,
     /// The tick at which it is given up.
     deadline: u64,
-    /// A copy may be in some log.
-    proposed: bool,
+    /// Tries to bring it into a log of which nobody has proved that they did not: it may be there once for each.
+    open_tries: u32,
+    /// It stands in `waiting`.
+    waits: bool,
 }
 
 /// The writes that this node took in this life and that are not resolved.
@@ -64,11 +66,11 @@ impl<A> Pending<A> {
         self.last_counter += 1;
         self.bytes += command.len();
         self.waiting.push_back(self.last_counter);
-        self.tickets.insert(self.last_counter, Ticket { command, reply, deadline, proposed: false });
+        self.tickets.insert(self.last_counter, Ticket { command, reply, deadline, open_tries: 0, waits: true });
     }
 
     /// The oldest writes that wait to be proposed: at most `count`, and at most `bytes` unless the first is larger.
-    /// From here on they may be in a log, until [`Pending::not_proposed`] says otherwise.
+    /// Each is a try, open until [`Pending::not_proposed`] or [`Pending::refused`] closes it.
     pub fn take(&mut self, count: usize, bytes: usize) -> Vec<Proposed> {
         let mut taken = Vec::new();
         let mut size = 0;
@@ -82,8 +84,9 @@ impl<A> Pending<A> {
                 break;
             }
             let request = RequestId { node: self.node, boot: self.boot, counter: *counter };
-            taken.push(Proposed { request, command: ticket.command.clone(), again: ticket.proposed });
-            ticket.proposed = true;
+            taken.push(Proposed { request, command: ticket.command.clone() });
+            ticket.open_tries += 1;
+            ticket.waits = false;
             self.waiting.pop_front();
         }
         taken
@@ -91,20 +94,25 @@ impl<A> Pending<A> {
 
     /// This try surely reached no log: the write waits again, at its place.
     pub fn not_proposed(&mut self, proposed: &[Proposed]) {
-        for Proposed { request, again, .. } in proposed.iter().rev() {
+        for Proposed { request, .. } in proposed.iter().rev() {
             if let Some(ticket) = self.tickets.get_mut(&request.counter) {
-                ticket.proposed = *again;
-                self.waiting.push_front(request.counter);
+                ticket.open_tries -= 1;
             }
+            self.wait_again(request.counter);
         }
     }
 
-    /// This try was refused, and surely reached no log. A write that no earlier try may have brought into one is
-    /// rejected; any other waits again.
+    /// This try was refused, and surely reached no log. The write is rejected, unless another try may have brought it
+    /// into one: then it waits again.
     pub fn refused(&mut self, proposed: &Proposed, rejection: Rejection) {
-        if proposed.again {
-            self.not_proposed(std::slice::from_ref(proposed));
-        } else if let Some(ticket) = self.remove(proposed.request.counter) {
+        let counter = proposed.request.counter;
+        let Some(ticket) = self.tickets.get_mut(&counter) else {
+            return;
+        };
+        ticket.open_tries -= 1;
+        if ticket.open_tries > 0 {
+            self.wait_again(counter);
+        } else if let Some(ticket) = self.remove(counter) {
             channel::answer(ticket.reply, Err(Failure::Rejected(rejection)));
         }
     }
@@ -112,15 +120,21 @@ impl<A> Pending<A> {
     /// Nobody can tell what became of this try: propose it again.
     pub fn lost(&mut self, proposed: &[Proposed]) {
         for Proposed { request, .. } in proposed.iter().rev() {
-            if self.tickets.contains_key(&request.counter) {
-                self.waiting.push_front(request.counter);
-            }
+            self.wait_again(request.counter);
         }
     }
 
     /// Another leader may not have what the one before took: propose everything again, oldest first.
     pub fn leader_changed(&mut self) {
         self.waiting = self.tickets.keys().copied().collect();
+        self.tickets.values_mut().for_each(|ticket| ticket.waits = true);
+    }
+
+    fn wait_again(&mut self, counter: u64) {
+        if let Some(ticket) = self.tickets.get_mut(&counter).filter(|ticket| !ticket.waits) {
+            ticket.waits = true;
+            self.waiting.push_front(counter);
+        }
     }
 
     /// A committed entry came by. The reply is there if this node took that write in this life, the first time.
@@ -137,7 +151,7 @@ impl<A> Pending<A> {
         while let Some(entry) = self.tickets.first_entry().filter(|entry| entry.get().deadline <= now) {
             let ticket = entry.remove();
             self.bytes -= ticket.command.len();
-            let failure = if ticket.proposed {
+            let failure = if ticket.open_tries > 0 {
                 unknown += 1;
                 Failure::Unknown
             } else {
@@ -161,8 +175,6 @@ impl<A> Pending<A> {
 pub struct Proposed {
     pub request: RequestId,
     pub command: Bytes,
-    /// An earlier try may have done so.
-    again: bool,
 }
 
 #[cfg(test)]
@@ -226,6 +238,29 @@ mod tests {
         assert!(pending.has_waiting());
         assert_eq!(pending.expire(5, Rejection::NoLeader), (0, 1));
         assert_eq!(answer.try_recv().unwrap(), Err(Failure::Unknown));
+    }
+
+    /// An answer may come after the next try was made: what it says of the first, it does not say of the second.
+    #[test]
+    fn a_late_word_on_one_try_says_nothing_of_the_next() {
+        type Word = fn(&mut Pending<()>, &[Proposed]);
+        let refused: Word = |pending, tries| pending.refused(&tries[0], Rejection::DiskFull);
+        let not_proposed: Word = |pending, tries| pending.not_proposed(tries);
+        let lost: Word = |pending, tries| pending.lost(tries);
+        for word in [refused, not_proposed, lost] {
+            let mut pending = pending();
+            let mut answer = write(&mut pending, "a", 5);
+            let first = pending.take(9, 99);
+            pending.leader_changed();
+            assert_eq!(pending.take(9, 99).len(), 1);
+            word(&mut pending, &first);
+            assert!(answer.try_recv().is_err());
+            let third = pending.take(9, 99);
+            assert_eq!((third.len(), pending.has_waiting()), (1, false), "it waits once");
+            pending.refused(&third[0], Rejection::Busy);
+            pending.expire(5, Rejection::NoLeader);
+            assert_eq!(answer.try_recv().unwrap(), Err(Failure::Unknown), "the second try may be in a log");
+        }
     }
 
     #[test]

@@ -106,16 +106,16 @@ impl Reads {
     /// Rejects what is due: no leader answered, or this node did not catch up in time. Returns how many.
     pub fn expire(&mut self, now: u64) -> u64 {
         let mut expired = 0;
-        let mut reject = |waiting: Waiting| {
+        let mut reject = |waiting: Waiting, why| {
             expired += 1;
-            channel::answer(waiting.reply, Err(Rejection::NoLeader));
+            channel::answer(waiting.reply, Err(why));
         };
-        while self.waiting.front().is_some_and(|waiting| waiting.deadline <= now) {
-            self.waiting.pop_front().into_iter().for_each(&mut reject);
+        while let Some(waiting) = self.waiting.pop_front_if(|waiting| waiting.deadline <= now) {
+            reject(waiting, Rejection::NoLeader);
         }
         for (_, reads) in &mut self.confirmed {
             let due = reads.partition_point(|waiting| waiting.deadline <= now);
-            reads.drain(..due).for_each(&mut reject);
+            reads.drain(..due).for_each(|waiting| reject(waiting, Rejection::Behind));
         }
         self.confirmed.retain(|(_, reads)| !reads.is_empty());
         expired
@@ -193,7 +193,7 @@ mod tests {
         reads.answered(&question, 5);
         let mut waiting = read(&mut reads, 4);
         assert_eq!(reads.expire(3), 1);
-        assert_eq!(confirmed.try_recv().unwrap(), Err(Rejection::NoLeader));
+        assert_eq!(confirmed.try_recv().unwrap(), Err(Rejection::Behind));
         assert_eq!(waiting.try_recv(), Err(TryRecvError::Empty));
         assert_eq!(reads.expire(4), 1);
         assert_eq!(waiting.try_recv().unwrap(), Err(Rejection::NoLeader));

@@ -11,6 +11,9 @@ use crate::channel::{self, Applied, Commit, CommitReceiver, Failure, ReadReply, 
 use crate::command::Unreadable;
 use crate::metrics::Metrics;
 
+/// Commits applied under one lock.
+const SLICE: usize = 512;
+
 /// A read-only handle on the state. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct View {
@@ -53,16 +56,21 @@ impl Store {
     pub async fn run(self, mut commits: CommitReceiver<Answer>) -> Result<(), Stopped> {
         let mut batch = Vec::new();
         while commits.receive(&mut batch).await {
-            self.apply(&mut batch)?;
+            while !batch.is_empty() {
+                let slice = batch.len().min(SLICE);
+                self.apply(batch.drain(..slice))?;
+                // A long log is read back in one batch: readers, and the other tasks of this thread, come in between.
+                tokio::task::yield_now().await;
+            }
         }
         Ok(())
     }
 
-    /// One write lock for the whole batch; tickets are answered after it, when readers see what they promise.
-    fn apply(&self, batch: &mut Vec<Commit<Answer>>) -> Result<(), Stopped> {
+    /// One write lock for the slice; tickets are answered after it, when readers see what they promise.
+    fn apply(&self, slice: impl Iterator<Item = Commit<Answer>>) -> Result<(), Stopped> {
         let mut answers = Vec::new();
         let mut state = self.view.state.write().unwrap_or_else(PoisonError::into_inner);
-        for commit in batch.drain(..) {
+        for commit in slice {
             match commit {
                 Commit::Skip { index, term } => state.skip(index, term),
                 Commit::Barrier { replies } => answers.push(Due::Reads(replies)),

@@ -126,6 +126,8 @@ pub fn encode_outcomes(outcomes: &[Outcome]) -> Bytes {
             Err(Rejection::Busy) => body.put_u8(2),
             Err(Rejection::DiskFull) => body.put_u8(3),
             Err(Rejection::Stopping) => body.put_u8(4),
+            Err(Rejection::Behind) => body.put_u8(5),
+            Err(Rejection::NotUnderstood) => body.put_u8(6),
         }
     }
     body.freeze()
@@ -141,6 +143,8 @@ fn decode_outcomes(mut body: &[u8]) -> Option<Vec<Outcome>> {
             2 => Err(Rejection::Busy),
             3 => Err(Rejection::DiskFull),
             4 => Err(Rejection::Stopping),
+            5 => Err(Rejection::Behind),
+            6 => Err(Rejection::NotUnderstood),
             _ => return None,
         });
     }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::harness::{Cluster, DEADLINE, Node, wait_for};
+use crate::harness::{Cluster, DEADLINE, Node, free_port, request, request_with, wait_for};
 
 fn connect(node: &Node) -> TcpStream {
     let socket = TcpStream::connect(("127.0.0.1", node.port)).unwrap();
@@ -132,4 +132,30 @@ fn idle_connections_hold_nobody_up() {
     });
     node.must_put("k", "v");
     assert_eq!(node.must_get("k"), b"v");
+}
+
+/// Clients may take all connections there are, but never the files that the log needs: a server that could not open its
+/// next segment would have to stop.
+#[test]
+fn clients_do_not_take_the_log_s_files() {
+    let root = tempfile::tempdir().unwrap();
+    let (port, url) = (free_port(), format!("http://127.0.0.1:{}", free_port()));
+    let mut server = std::process::Command::new("sh")
+        .args(["-c", "ulimit -n 700 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_raftkv")])
+        .args(["--port", &port.to_string(), "--cluster", &url, "--wal-segment-bytes", "16MiB", "--data-dir"])
+        .arg(root.path().join("data"))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("it is ready", || request("GET", port, "/readyz", b"").ok().filter(|answer| answer.status == 200));
+    let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+    assert_eq!(request_with(&agent, "PUT", port, "/k", b"v").unwrap().status, 204);
+    let idle: Vec<_> = (0..400).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
+    // Through three segments.
+    for n in 0..40 {
+        let answer = request_with(&agent, "PUT", port, &format!("/{n}"), &vec![7; 1 << 20]).unwrap();
+        assert_eq!(answer.status, 204, "{}", answer.text());
+    }
+    drop(idle);
+    server.kill().and_then(|()| server.wait()).unwrap();
 }
