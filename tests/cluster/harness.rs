@@ -27,6 +27,9 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// The Procfile's ports, which whoever works here may have in use, and `tests/readme.rs` has.
+const PROCFILE_PORTS: [u16; 6] = [12379, 12380, 22379, 22380, 32379, 32380];
+
 /// A port that nobody else in these tests has: below the range that the kernel takes for outgoing connections.
 pub fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
@@ -35,6 +38,8 @@ pub fn free_port() -> u16 {
         let port = next.fetch_add(1, Ordering::Relaxed);
         if port > 32_000 {
             next.store(10_000, Ordering::Relaxed);
+        } else if PROCFILE_PORTS.contains(&port) {
+            // Free now, perhaps, but not ours.
         } else if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("::", port)).is_ok() {
             return port;
         }
