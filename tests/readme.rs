@@ -5,6 +5,9 @@
 //! this prints; `…` stands for anything within a line. A block that starts a server keeps its terminal: it is left
 //! running, and ended at the end as Ctrl-C ends it. `cargo` runs the program that is built already.
 
+// A test's helpers may panic as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +15,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -289,7 +291,7 @@ fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
             return found;
         }
         assert!(Instant::now() < deadline, "timed out: {what}");
-        sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
