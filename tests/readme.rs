@@ -5,8 +5,7 @@
 //! this prints; `…` stands for anything within a line. A block that starts a server keeps its terminal: it is left
 //! running, and ended at the end as Ctrl-C ends it. `cargo` runs the program that is built already.
 
-// A test's helpers may panic as tests do.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::fs::{self, File};
 use std::net::TcpListener;

@@ -126,7 +126,7 @@ fn idle_connections_hold_nobody_up() {
         })
         .collect();
     wait_for("all connections are open", || {
-        let metrics = crate::harness::request("GET", node.port, "/metrics", b"").unwrap().text();
+        let metrics = request("GET", node.port, "/metrics", b"").unwrap().text();
         let open = metrics.lines().find_map(|line| line.strip_prefix("raftkv_http_connections "))?;
         (open.parse::<usize>().unwrap() > idle.len()).then_some(())
     });
