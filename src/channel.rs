@@ -4,11 +4,15 @@
 //! Whoever wants to replicate another service implements the receiving end of the commits and holds a sender of
 //! proposals; `store` is one such service.
 
+use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
+
+use crate::cluster::Member;
 
 /// The largest command, in bytes: above every flag, equal on all nodes, so that what one node takes every other can
 /// store and send on.
@@ -16,7 +20,7 @@ pub const COMMAND_BYTES_MAX: usize = (4 << 20) + (8 << 10);
 
 /// Names one write for ever: the node that took it, that node's start, and a counter within it. It travels inside the
 /// log entry; the service skips what it has seen, so a proposal may be repeated safely.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct RequestId {
     pub node: u64,
     /// Rises with every start of that node.
@@ -57,8 +61,39 @@ pub enum Proposal<A> {
     /// Answered as soon as all that was committed when it was asked is applied here: a local read behind it is
     /// linearizable.
     Read { reply: ReadReply },
+    /// Change who the members are; answered when the change is committed and known here.
+    Reconfigure { change: Change, reply: ChangeReply },
     /// How the node is; answered at once.
     Status { reply: oneshot::Sender<NodeStatus> },
+}
+
+/// A change of the membership.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Change {
+    /// A newcomer, which learns first and votes once it has caught up; or new URLs of a member.
+    Add(Member),
+    /// For good: its ID is never used again.
+    Remove(u64),
+    /// A learner that has caught up becomes a voter. The leader proposes it by itself.
+    Promote(u64),
+}
+
+pub type ChangeReply = oneshot::Sender<Result<(), ChangeFailure>>;
+
+/// Why a change of the membership has no answer, or a sad one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
+pub enum ChangeFailure {
+    /// It makes no sense, whatever the membership is.
+    #[error("not applied: {0}")]
+    Invalid(String),
+    /// It does not fit the membership as it is now.
+    #[error("not applied: {0}")]
+    Conflict(String),
+    #[error("not applied: {0}")]
+    Rejected(Rejection),
+    #[error("outcome unknown: the change was proposed but not seen committed in time, and may still be made")]
+    Unknown,
 }
 
 /// What the node knows of itself and of the others.
@@ -73,9 +108,19 @@ pub struct NodeStatus {
     pub leader: u64,
     pub commit: u64,
     pub members: Vec<MemberStatus>,
+    pub snapshot: SnapshotStatus,
     /// What the log says of itself.
     pub wal: serde_json::Value,
     pub queues: Queues,
+}
+
+/// How far back a node's history reaches.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct SnapshotStatus {
+    /// Of the newest one, 0 before the first.
+    pub index: u64,
+    /// The first entry that the log still holds.
+    pub log_from: u64,
 }
 
 /// A node's part in its cluster, in the words of the Raft thesis.
@@ -93,6 +138,8 @@ pub enum Role {
 pub struct MemberStatus {
     pub id: u64,
     pub urls: Vec<String>,
+    /// A member that does not is a learner.
+    pub votes: bool,
     /// How far the log of that member is known to go; only at the leader.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
@@ -175,8 +222,10 @@ pub enum Rejection {
     Stopping,
 }
 
+/// Writes a service's state, as it was at one index, in the service's own format.
+pub type WriteImage = Box<dyn FnOnce(&mut dyn io::Write) -> io::Result<()> + Send>;
+
 /// What the log tells the service, in log order.
-#[derive(Debug)]
 pub enum Commit<A> {
     /// Apply `command`. `reply` is there on the node that took the write, if its client still waits.
     Apply { index: u64, term: u64, request: RequestId, command: Bytes, reply: Option<Reply<A>> },
@@ -184,6 +233,23 @@ pub enum Commit<A> {
     Skip { index: u64, term: u64 },
     /// All before it is applied: answer these reads.
     Barrier { replies: Vec<ReadReply> },
+    /// Hand out a view of the state at exactly this place in the log: cheap, consistent, and written elsewhere while
+    /// writes go on.
+    Snapshot { reply: oneshot::Sender<WriteImage> },
+    /// Replace the whole state by that of another member at `index`. The image was verified; it is read to its end.
+    Restore { index: u64, image: Box<dyn io::Read + Send> },
+}
+
+impl<A> fmt::Debug for Commit<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Commit::Apply { index, term, request, .. } => write!(f, "Apply({index}, term {term}, {request:?})"),
+            Commit::Skip { index, term } => write!(f, "Skip({index}, term {term})"),
+            Commit::Barrier { replies } => write!(f, "Barrier({} reads)", replies.len()),
+            Commit::Snapshot { .. } => write!(f, "Snapshot"),
+            Commit::Restore { index, .. } => write!(f, "Restore({index})"),
+        }
+    }
 }
 
 impl<A> Commit<A> {
@@ -191,7 +257,7 @@ impl<A> Commit<A> {
     fn size_bytes(&self) -> usize {
         match self {
             Commit::Apply { command, .. } => command.len(),
-            Commit::Skip { .. } | Commit::Barrier { .. } => 0,
+            Commit::Skip { .. } | Commit::Barrier { .. } | Commit::Snapshot { .. } | Commit::Restore { .. } => 0,
         }
     }
 }

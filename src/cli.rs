@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
 use crate::cluster::{Member, PeerUrl};
 use crate::config::{Config, LogFormat, VALUE_BYTES_MAX, WAL_SEGMENT_BYTES_MAX, WAL_SEGMENT_BYTES_MIN};
@@ -24,6 +24,7 @@ use crate::config::{Config, LogFormat, VALUE_BYTES_MAX, WAL_SEGMENT_BYTES_MAX, W
 const TICK: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
 /// Fewer than three, and one delayed heartbeat starts an election.
 const ELECTION_TICKS: RangeInclusive<u64> = 3..=1000;
+const SNAPSHOT_INTERVAL: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(7 * 24 * 3600);
 const REQUEST_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(600);
 
 /// What the user asked for.
@@ -123,6 +124,12 @@ struct Flags {
     #[arg(help_heading = "Membership", hide_env_values = true, value_parser = value(founders))]
     cluster: Founders,
 
+    /// Join the cluster that --cluster lists, to which this member was added with POST; on the first start only
+    #[arg(long, env = "RAFTKV_JOIN", value_name = "true|false", default_value = "false", hide_env_values = true)]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(help_heading = "Membership", value_parser = value(switch))]
+    join: bool,
+
     /// Port for clients, on all interfaces; 0 takes a free one
     #[arg(long, env = "RAFTKV_PORT", value_name = "PORT", default_value = "9121", hide_env_values = true)]
     #[arg(help_heading = "Addresses", value_parser = value(port))]
@@ -147,6 +154,42 @@ struct Flags {
     #[arg(help_heading = "Storage", hide_env_values = true)]
     #[arg(value_parser = value(|text| bytes(text, WAL_SEGMENT_BYTES_MIN..=WAL_SEGMENT_BYTES_MAX)))]
     wal_segment_bytes: u64,
+
+    /// Entries since the last snapshot that make one due
+    #[arg(long, env = "RAFTKV_SNAPSHOT_COUNT", value_name = "ENTRIES", default_value = "10000")]
+    #[arg(help_heading = "Snapshots", hide_env_values = true, value_parser = value(|text| number(text, 1..=u64::MAX)))]
+    snapshot_count: u64,
+
+    /// Time since the last snapshot that makes one due, if there are enough new entries; 0s turns it off
+    #[arg(long, env = "RAFTKV_SNAPSHOT_INTERVAL", value_name = "TIME", default_value = "0s", hide_env_values = true)]
+    #[arg(help_heading = "Snapshots", value_parser = value(|text| duration(text, SNAPSHOT_INTERVAL)))]
+    snapshot_interval: Duration,
+
+    /// New entries that --snapshot-interval asks for
+    #[arg(long, env = "RAFTKV_SNAPSHOT_MIN_ENTRIES", value_name = "ENTRIES", default_value = "1000")]
+    #[arg(help_heading = "Snapshots", hide_env_values = true, value_parser = value(|text| number(text, 1..=u64::MAX)))]
+    snapshot_min_entries: u64,
+
+    /// Bytes of log since the last snapshot that make one due
+    #[arg(long, env = "RAFTKV_SNAPSHOT_LOG_BYTES", value_name = "BYTES", default_value = "64MiB")]
+    #[arg(help_heading = "Snapshots", hide_env_values = true)]
+    #[arg(value_parser = value(|text| bytes(text, 1 << 20..=1 << 40)))]
+    snapshot_log_bytes: u64,
+
+    /// Snapshot files kept
+    #[arg(long, env = "RAFTKV_SNAPSHOT_KEEP", value_name = "FILES", default_value = "2", hide_env_values = true)]
+    #[arg(help_heading = "Snapshots", value_parser = value(|text| number(text, 1..=1000)))]
+    snapshot_keep: u64,
+
+    /// Entries kept in the log behind a snapshot, for followers that are slow or away for a moment
+    #[arg(long, env = "RAFTKV_SNAPSHOT_CATCHUP_ENTRIES", value_name = "ENTRIES", default_value = "10000")]
+    #[arg(help_heading = "Snapshots", hide_env_values = true, value_parser = value(|text| number(text, 0..=u64::MAX)))]
+    snapshot_catchup_entries: u64,
+
+    /// Bytes that these may take at most
+    #[arg(long, env = "RAFTKV_SNAPSHOT_CATCHUP_BYTES", value_name = "BYTES", default_value = "64MiB")]
+    #[arg(help_heading = "Snapshots", hide_env_values = true, value_parser = value(|text| bytes(text, 0..=1 << 40)))]
+    snapshot_catchup_bytes: u64,
 
     /// Time between heartbeats of the leader
     #[arg(long, env = "RAFTKV_TICK", value_name = "TIME", default_value = "100ms", hide_env_values = true)]
@@ -188,6 +231,14 @@ impl Flags {
             request_timeout: self.request_timeout,
             max_value_bytes: self.max_value_bytes,
             wal_segment_bytes: self.wal_segment_bytes,
+            join: self.join,
+            snapshot_count: self.snapshot_count,
+            snapshot_interval: self.snapshot_interval,
+            snapshot_min_entries: self.snapshot_min_entries,
+            snapshot_log_bytes: self.snapshot_log_bytes,
+            snapshot_keep: usize::try_from(self.snapshot_keep).expect("its bound fits"),
+            snapshot_catchup_entries: self.snapshot_catchup_entries,
+            snapshot_catchup_bytes: self.snapshot_catchup_bytes,
         };
         Args { config, log_format: self.log_format }
     }
@@ -310,6 +361,14 @@ fn host_port(text: &str) -> Result<String, String> {
     PeerUrl::parse(&format!("http://{host}:1")).map_err(|_| wrong("no valid host"))?;
     digits::<u16>(port).ok_or_else(|| wrong("no valid port"))?;
     Ok(text.to_owned())
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        _ => Err("use true or false".to_owned()),
+    }
 }
 
 fn log_format(text: &str) -> Result<LogFormat, String> {

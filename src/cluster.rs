@@ -89,6 +89,14 @@ pub struct InvalidPeerUrl {
     why: &'static str,
 }
 
+/// What a newcomer learns from a member that knows it: where it belongs, and who is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Introduction {
+    pub cluster: u64,
+    pub founders: Vec<Member>,
+    pub members: Vec<Member>,
+}
+
 /// The identity of a cluster: a hash of its founding members in the order of their IDs, so that two clusters
 /// founded on different lists never mix, however their addresses are reused later.
 pub fn cluster_id(founders: &[Member]) -> u64 {

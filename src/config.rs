@@ -27,6 +27,8 @@ pub struct Config {
     /// Where peers are served, `HOST:PORT`; `None` is this node's own URLs in `cluster`.
     pub listen_peer: Option<String>,
     pub data_dir: PathBuf,
+    /// Whether a first start joins a cluster that it was added to, instead of founding one.
+    pub join: bool,
     pub tick: Duration,
     /// Ticks without a word from the leader after which a follower stands for election (randomised up to twice that).
     pub election_ticks: usize,
@@ -34,6 +36,18 @@ pub struct Config {
     pub max_value_bytes: u64,
     /// Size of one log segment, from [`WAL_SEGMENT_BYTES_MIN`] to [`WAL_SEGMENT_BYTES_MAX`].
     pub wal_segment_bytes: u64,
+    /// Entries since the last snapshot that make one due.
+    pub snapshot_count: u64,
+    /// Time since the last snapshot that makes one due, if there are `snapshot_min_entries` new ones. Zero: never.
+    pub snapshot_interval: Duration,
+    pub snapshot_min_entries: u64,
+    /// Bytes of command in the log since the last snapshot that make one due.
+    pub snapshot_log_bytes: u64,
+    /// Snapshot files kept.
+    pub snapshot_keep: usize,
+    /// Entries kept behind a snapshot for slow followers, as long as they are no more than `snapshot_catchup_bytes`.
+    pub snapshot_catchup_entries: u64,
+    pub snapshot_catchup_bytes: u64,
 }
 
 impl Config {

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::channel::{Failure, Leadership, NodeStatus, Proposal, Rejection};
+use crate::channel::{Change, ChangeFailure, Failure, Leadership, NodeStatus, Proposal, Rejection};
 use crate::command::{Command, KEY_BYTES_MAX};
 use crate::store::{Answer, KeyValue, View};
 
@@ -70,8 +70,6 @@ pub struct Status {
     pub log_hash: String,
     pub revision: u64,
     pub keys: usize,
-    /// The newest snapshot; null before the first.
-    pub snapshot: Option<u64>,
 }
 
 /// The service. Cheap to clone.
@@ -131,6 +129,14 @@ impl Service {
         }
     }
 
+    /// Changes who the members are.
+    pub async fn reconfigure(&self, change: Change) -> Result<(), ChangeFailure> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Proposal::Reconfigure { change, reply }).map_err(ChangeFailure::Rejected)?;
+        // The node ended with the change in its hands.
+        answer.await.unwrap_or(Err(ChangeFailure::Unknown))
+    }
+
     /// Term and leader, as far as this member knows.
     pub fn leadership(&self) -> Leadership {
         *self.leadership.borrow()
@@ -153,7 +159,6 @@ impl Service {
             log_hash: format!("{:016x}", state.log_hash()),
             revision: state.revision(),
             keys: state.len(),
-            snapshot: None,
         })
     }
 
@@ -168,11 +173,13 @@ impl Service {
     }
 
     fn propose(&self, proposal: Proposal<Answer>) -> Result<(), Error> {
-        self.proposals.try_send(proposal).map_err(|error| {
-            Error::NotApplied(match error {
-                mpsc::error::TrySendError::Full(_) => Rejection::Busy,
-                mpsc::error::TrySendError::Closed(_) => Rejection::Stopping,
-            })
+        self.send(proposal).map_err(Error::NotApplied)
+    }
+
+    fn send(&self, proposal: Proposal<Answer>) -> Result<(), Rejection> {
+        self.proposals.try_send(proposal).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Rejection::Busy,
+            mpsc::error::TrySendError::Closed(_) => Rejection::Stopping,
         })
     }
 }

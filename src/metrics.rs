@@ -52,6 +52,8 @@ pub struct Metrics {
 
     pub peer_sent_bytes: Family<Peer, Counter>,
     pub peer_received_bytes: Family<Peer, Counter>,
+    pub peer_snapshot_sent_bytes: Family<Peer, Counter>,
+    pub peer_snapshot_received_bytes: Family<Peer, Counter>,
     pub peer_dropped_messages: Family<Peer, Counter>,
     pub peer_round_trip_seconds: Family<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>,
     pub peer_clock_drift_seconds: Family<Peer, Gauge<f64, std::sync::atomic::AtomicU64>>,
@@ -85,6 +87,8 @@ impl Metrics {
             wal_disk_full: Gauge::default(),
             peer_sent_bytes: Family::default(),
             peer_received_bytes: Family::default(),
+            peer_snapshot_sent_bytes: Family::default(),
+            peer_snapshot_received_bytes: Family::default(),
             peer_dropped_messages: Family::default(),
             peer_round_trip_seconds: Family::default(),
             peer_clock_drift_seconds: Family::default(),
@@ -120,6 +124,18 @@ impl Metrics {
             "Bytes received from a peer",
             Unit::Bytes,
             self.peer_received_bytes.clone(),
+        );
+        m.register_with_unit(
+            "peer_snapshot_sent",
+            "Bytes of snapshots sent to a peer",
+            Unit::Bytes,
+            self.peer_snapshot_sent_bytes.clone(),
+        );
+        m.register_with_unit(
+            "peer_snapshot_received",
+            "Bytes of snapshots received from a peer",
+            Unit::Bytes,
+            self.peer_snapshot_received_bytes.clone(),
         );
         m.register(
             "peer_dropped_messages",

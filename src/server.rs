@@ -3,43 +3,43 @@
 //! Start: lock the data directory, bind the ports, find out who this member is, recover the log, start the tasks.
 //! Stop: no new requests; those in flight finish; leadership is handed over; the log is synced; the peers are left.
 
+mod bind;
+mod open;
+
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::{TcpListener, TcpSocket, lookup_host};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::open::Opened;
 use crate::api::{Api, Limits};
 use crate::channel::{self, Leadership};
-use crate::cluster::{Member, PeerUrl, cluster_id};
 use crate::command::Command;
 use crate::config::{Config, NotAFounder};
 use crate::kv::Service;
 use crate::metrics::Metrics;
 use crate::node::{self, Ends, Node};
-use crate::store::{self, State, Store};
-use crate::transport::{self, Transport};
+use crate::store::{self, Store};
+use crate::transport::{self, SnapshotFiles, SnapshotSink, Transport};
+use crate::wal;
 use crate::wal::disk::RealDisk;
-use crate::wal::identity::{Identity, LOG_DIR, Lock};
+use crate::wal::identity::{Identity, Lock};
+use crate::wal::snapshot::{Incoming, Snapshots};
 use crate::wal::writer::Writer;
-use crate::wal::{self, Options, Recovered, Wal};
 
 /// Proposals on their way from the front ends to the node. More than this are answered busy.
 const PROPOSALS_MAX: usize = 8192;
 
 /// Events on their way from the peers to the node. More than this wait in TCP's buffers.
 const PEER_EVENTS_MAX: usize = 4096;
-
-/// Connections that the kernel holds until they are accepted.
-const BACKLOG: u32 = 1024;
 
 /// What a stop waits for beyond the request time-out: the answers' way to their clients.
 const GRACE: Duration = Duration::from_secs(1);
@@ -53,6 +53,18 @@ pub enum Error {
     NotTheOwner { id: u64, owner: u64, data_dir: PathBuf },
     #[error("{flag} {address} cannot be bound: {source}")]
     Bind { flag: &'static str, address: String, source: io::Error },
+    #[error(
+        "--id {id}: this member was removed from the cluster, and its ID is never used again; add it under a new one"
+    )]
+    WasRemoved { id: u64 },
+    #[error(
+        "--join: member {id} was not added to the cluster, or with another URL ({refusals}); add it with POST /{id} first"
+    )]
+    NotAdded { id: u64, refusals: String },
+    #[error(
+        "the snapshot at {index} cannot be restored: {error}; remove this member and add the machine under a new ID"
+    )]
+    Image { index: u64, error: store::BadImage },
     #[error(transparent)]
     Wal(#[from] wal::Error),
     #[error(transparent)]
@@ -67,8 +79,13 @@ impl Error {
     /// 2 for what the user typed, 1 for the rest.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::NotAFounder(_) | Error::NotTheOwner { .. } => 2,
-            Error::Bind { .. } | Error::Wal(_) | Error::Node(_) | Error::Store(_) | Error::Runtime(_) => 1,
+            Error::NotAFounder(_) | Error::NotTheOwner { .. } | Error::WasRemoved { .. } | Error::NotAdded { .. } => 2,
+            Error::Bind { .. }
+            | Error::Image { .. }
+            | Error::Wal(_)
+            | Error::Node(_)
+            | Error::Store(_)
+            | Error::Runtime(_) => 1,
         }
     }
 }
@@ -112,13 +129,18 @@ async fn serve(config: Config, started: Instant) -> Result<(), Error> {
         config.check_founding()?;
     }
     let _lock = Lock::take(&config.data_dir)?;
-    let clients = bind_clients(&config).await?;
+    let clients = bind::clients(&config).await?;
     let metrics = Arc::new(Metrics::new());
-    let opened = open(&config, &metrics).await?;
+    let opened = tokio::select! {
+        opened = open::open(&config, &metrics) => opened?,
+        // A newcomer may wait long for the cluster that it joins.
+        _ = signals.next() => return Ok(()),
+    };
     info!(
         id = config.id,
         cluster = %format_args!("{:016x}", opened.identity.cluster),
-        members = opened.recovered.founders.len(),
+        members = opened.members.len(),
+        snapshot = opened.meta.index,
         entries = opened.recovered.entries.len(),
         clients = %clients.local_addr().map_err(Error::Runtime)?,
         "started in {:.1?}", started.elapsed(),
@@ -137,101 +159,17 @@ async fn serve(config: Config, started: Instant) -> Result<(), Error> {
             }
         }
     };
-    if outcome.is_ok() {
-        info!("stopped");
-    }
-    outcome
-}
-
-/// What a start finds in the data directory, or puts there.
-struct Opened {
-    identity: Identity,
-    wal: Wal,
-    recovered: Recovered,
-    /// This member's own URLs, and the listeners for them.
-    urls: Vec<PeerUrl>,
-    peers: Vec<TcpListener>,
-}
-
-/// Finds out who this member is and recovers its log, or founds both.
-async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<Opened, Error> {
-    let disk = Arc::new(RealDisk);
-    let log = Options { dir: config.data_dir.join(LOG_DIR), segment_bytes: config.wal_segment_bytes };
-    let now_micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
-    let identity = Identity::load(disk.as_ref(), &config.data_dir)?;
-    if let Some(Identity { member, .. }) = identity.filter(|identity| identity.member != config.id) {
-        return Err(Error::NotTheOwner { id: config.id, owner: member, data_dir: config.data_dir.clone() });
-    }
-    match identity {
-        Some(identity) if Wal::exists(disk.as_ref(), &log.dir)? => {
-            let (wal, recovered) = Wal::open(disk, &log, now_micros, metrics.clone())?;
-            if identity.cluster != cluster_id(&config.cluster) {
-                warn!("--cluster is not the list that this cluster was founded on: the members in the log count");
-            }
-            let urls = urls_of(&recovered.founders, config.id);
-            let peers = bind_peers(config, &urls).await?;
-            Ok(Opened { identity, wal, recovered, urls, peers })
+    match outcome {
+        Ok(()) => info!("stopped"),
+        // As the user wished: a good end.
+        Err(Error::Node(node::Stopped::Removed)) => {
+            info!("this member was removed from the cluster: stopped for good");
+            // Whoever asked for it here is still to hear so.
+            running.stop_clients(GRACE).await;
         }
-        // No log, whatever became of it: a new nonce says so to whoever knew the old one.
-        Some(_) | None => {
-            config.check_founding()?;
-            let urls = urls_of(&config.cluster, config.id);
-            // Before anything is written, so that a port in use leaves no trace.
-            let peers = bind_peers(config, &urls).await?;
-            let identity = Identity::create(disk.as_ref(), &config.data_dir, cluster_id(&config.cluster), config.id)?;
-            let (wal, recovered) = Wal::create(disk, &log, &config.cluster, now_micros, metrics.clone())?;
-            info!(data_dir = %config.data_dir.display(), "first start: the data directory is new");
-            Ok(Opened { identity, wal, recovered, urls, peers })
-        }
+        Err(error) => return Err(error),
     }
-}
-
-fn urls_of(members: &[Member], id: u64) -> Vec<PeerUrl> {
-    members.iter().find(|member| member.id == id).map(|member| member.urls.clone()).unwrap_or_default()
-}
-
-async fn bind_clients(config: &Config) -> Result<TcpListener, Error> {
-    if let Some(address) = &config.listen {
-        return bind("--listen", address).await;
-    }
-    // All interfaces: IPv6 takes IPv4 too, where there is IPv6.
-    match bind("--port", &format!("[::]:{}", config.port)).await {
-        Err(Error::Bind { source, .. }) if source.kind() != io::ErrorKind::AddrInUse => {
-            bind("--port", &format!("0.0.0.0:{}", config.port)).await
-        }
-        bound => bound,
-    }
-}
-
-async fn bind_peers(config: &Config, urls: &[PeerUrl]) -> Result<Vec<TcpListener>, Error> {
-    if let Some(address) = &config.listen_peer {
-        return Ok(vec![bind("--listen-peer", address).await?]);
-    }
-    let mut listeners = Vec::new();
-    for url in urls {
-        listeners.push(bind("this member's entry in --cluster,", &url.authority()).await?);
-    }
-    Ok(listeners)
-}
-
-async fn bind(flag: &'static str, address: &str) -> Result<TcpListener, Error> {
-    let failed = |source| Error::Bind { flag, address: address.to_owned(), source };
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for resolved in lookup_host(address).await.map_err(failed)? {
-        match listen(resolved) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = error,
-        }
-    }
-    Err(failed(last))
-}
-
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // A restart must not wait for old connections to time out. Never SO_REUSEPORT: a second process would bind too.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
+    Ok(())
 }
 
 /// The tasks of a server that serves.
@@ -270,7 +208,7 @@ impl Log {
 
 impl Running {
     fn start(config: &Config, opened: Opened, clients: TcpListener, metrics: Arc<Metrics>) -> Result<Self, Error> {
-        let Opened { identity, wal, recovered, urls, peers } = opened;
+        let Opened { identity, wal, recovered, snapshots, meta, state, members, urls, listeners } = opened;
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(PEER_EVENTS_MAX);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -278,7 +216,7 @@ impl Running {
         let (leadership_in, leadership) = watch::channel(Leadership::default());
         let (stop_api, stop_node) = (CancellationToken::new(), CancellationToken::new());
 
-        let store = Store::new(State::founded(node::FOUNDING.0), metrics.clone());
+        let store = Store::new(state, metrics.clone());
         let max_value_bytes = config.max_value_bytes as usize;
         let service = Service::new(proposals_in, leadership, store.view(), max_value_bytes);
         // The node outlives its log's events: where it is gone, nobody waits for them.
@@ -290,19 +228,30 @@ impl Running {
                 nonce: identity.nonce,
                 boot: recovered.boot,
                 urls,
+                snapshots: Arc::new(Files(snapshots.clone())),
                 metrics: metrics.clone(),
             },
-            peers,
-            recovered.founders.clone(),
+            listeners,
+            members,
             peer_events_in,
             CancellationToken::new(),
         );
         let settings = node::Settings {
             id: config.id,
             cluster: identity.cluster,
+            nonce: identity.nonce,
             tick: config.tick,
             election_ticks: config.election_ticks,
             request_timeout: config.request_timeout,
+            snapshots: node::Policy {
+                count: config.snapshot_count,
+                interval: config.snapshot_interval,
+                min_entries: config.snapshot_min_entries,
+                log_bytes: config.snapshot_log_bytes,
+                catchup_entries: config.snapshot_catchup_entries,
+                catchup_bytes: config.snapshot_catchup_bytes,
+                keep: config.snapshot_keep,
+            },
         };
         let ends = Ends {
             proposals,
@@ -313,13 +262,14 @@ impl Running {
             wal_events,
             transport,
             peer_events,
+            snapshots,
             metrics: metrics.clone(),
         };
         let api = Api::new(service, metrics, Limits { connections_max: connections_max(), ..Limits::default() });
         Ok(Running {
             api: tokio::spawn(api.serve(vec![clients], stop_api.clone())),
             log: Log {
-                node: tokio::spawn(Node::new(settings, recovered, ends).run(stop_node.clone())),
+                node: tokio::spawn(Node::new(settings, recovered, &meta, ends).run(stop_node.clone())),
                 store: tokio::spawn(store.run(commits_out)),
             },
             stop_api,
@@ -329,17 +279,55 @@ impl Running {
 
     /// The order of an orderly end.
     async fn stop(&mut self, grace: Duration) -> Result<(), Error> {
-        self.stop_api.cancel();
+        let Running { api, log, stop_api, stop_node } = self;
         tokio::select! {
-            answered = tokio::time::timeout(grace, &mut self.api) => if answered.is_err() {
-                warn!("requests were still in flight after {grace:?}: cut off");
-                self.api.abort();
-            },
-            // A node that fails now would leave them without an answer.
-            outcome = self.log.ended() => return outcome,
+            () = stop_clients(api, stop_api, grace) => {}
+            // A node that fails now leaves them without an answer.
+            outcome = log.ended() => return outcome,
         }
-        self.stop_node.cancel();
-        self.log.ended().await
+        stop_node.cancel();
+        log.ended().await
+    }
+
+    async fn stop_clients(&mut self, grace: Duration) {
+        stop_clients(&mut self.api, &self.stop_api, grace).await;
+    }
+}
+
+/// Takes no new requests, and lets those in flight finish within the grace time.
+async fn stop_clients(api: &mut JoinHandle<()>, stop: &CancellationToken, grace: Duration) {
+    stop.cancel();
+    if tokio::time::timeout(grace, &mut *api).await.is_err() {
+        warn!("requests were still in flight after {grace:?}: cut off");
+        api.abort();
+    }
+}
+
+/// The snapshot files, as the transport sees them.
+struct Files(Arc<Snapshots>);
+
+impl SnapshotFiles for Files {
+    fn open(&self, index: u64, term: u64) -> io::Result<(u64, Box<dyn io::Read + Send>)> {
+        let file = self.0.open_file(index, term).map_err(io::Error::other)?;
+        Ok((file.size_bytes(), Box::new(file)))
+    }
+
+    fn receive(&self) -> io::Result<Box<dyn SnapshotSink>> {
+        Ok(Box::new(Sink(self.0.receive().map_err(io::Error::other)?)))
+    }
+}
+
+/// A snapshot that comes in.
+struct Sink(Incoming);
+
+impl SnapshotSink for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write(bytes).map_err(io::Error::other)
+    }
+
+    fn finish(self: Box<Self>) -> io::Result<(u64, u64)> {
+        let meta = self.0.finish().map_err(io::Error::other)?;
+        Ok((meta.index, meta.term))
     }
 }
 

@@ -53,6 +53,22 @@ impl Window {
         })
     }
 
+    /// The highest counter seen, and the bits, to be kept in a snapshot.
+    pub fn parts(&self) -> (u64, &[u64]) {
+        (self.highest, &self.bits)
+    }
+
+    /// The inverse of [`Window::parts`]; `None` for what no window looks like.
+    pub fn from_parts(highest: u64, bits: Vec<u64>) -> Option<Self> {
+        if bits.is_empty() {
+            return None;
+        }
+        let mut window = Window { highest, bits };
+        let marked = window.slot(highest, |word, bit| *word & bit != 0);
+        // Counter 0 is never marked, so that an empty window has no bits.
+        (marked == (highest > 0)).then_some(window)
+    }
+
     fn slot<T>(&mut self, counter: u64, then: impl FnOnce(&mut u64, u64) -> T) -> T {
         let slot = counter % self.size();
         then(&mut self.bits[(slot / 64) as usize], 1 << (slot % 64))
@@ -75,6 +91,20 @@ mod tests {
         assert_eq!(window.mark(5), Seen::TooOld);
         assert_eq!(window.mark(u64::MAX - 63), Seen::New);
         assert_eq!(window.mark(u64::MAX - 64), Seen::TooOld);
+    }
+
+    #[test]
+    fn a_window_goes_on_from_its_parts() {
+        let mut window = Window::new(64);
+        assert_eq!([3, 9, 70].map(|counter| window.mark(counter)), [Seen::New; 3]);
+        let (highest, bits) = window.parts();
+        let mut again = Window::from_parts(highest, bits.to_vec()).unwrap();
+        assert_eq!(again, window);
+        assert_eq!([9, 8, 3].map(|counter| again.mark(counter)), [Seen::Repeat, Seen::New, Seen::TooOld]);
+        assert!(Window::from_parts(0, vec![0]).is_some());
+        for (highest, bits) in [(0, vec![]), (5, vec![0]), (0, vec![1])] {
+            assert_eq!(Window::from_parts(highest, bits), None);
+        }
     }
 
     proptest! {

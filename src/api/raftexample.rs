@@ -12,7 +12,8 @@ use hyper::{Method, StatusCode, header};
 
 use super::reply::{Answer, BYTES, Refusal, Reply};
 use super::{Api, body, target};
-use crate::channel::Leadership;
+use crate::channel::{Change, Leadership};
+use crate::cluster::{Member, PeerUrl};
 use crate::kv::{Read, Written};
 
 const ALLOW: &str = "PUT, GET, HEAD, POST, DELETE";
@@ -37,10 +38,14 @@ pub async fn answer(
             Ok(read) => return value(api, method, read, reply),
             Err(refusal) => refusal,
         },
-        Method::POST => membership(key, query, "POST /{id} adds the member with that numeric ID"),
-        Method::DELETE => {
-            membership(key, query, "DELETE /{id} removes a member; keys are deleted through /api/v1/kv/ (to come)")
-        }
+        Method::POST => match add(api, key, query, body).await {
+            Ok(()) => return done(api, reply),
+            Err(refusal) => refusal,
+        },
+        Method::DELETE => match remove(api, key, query).await {
+            Ok(()) => return done(api, reply),
+            Err(refusal) => refusal,
+        },
         _ => Refusal::method(ALLOW),
     };
     refuse(api, method, reply, refusal)
@@ -81,16 +86,42 @@ fn value(api: &Api, method: &Method, read: Read, reply: Reply) -> Answer {
     }
 }
 
-/// The cluster cannot change yet. An answer that tells a mistake from what is to come keeps scripts honest.
-fn membership(id: &[u8], query: Option<&str>, usage: &'static str) -> Refusal {
-    if let Err(refusal) = target::no_parameters(query) {
-        return refusal;
+fn done(api: &Api, reply: Reply) -> Answer {
+    reply.raft(api.service.applied(), api.service.leadership()).empty(StatusCode::NO_CONTENT)
+}
+
+/// Adds a member, or changes the URLs of one. What cannot be an address is refused before anybody hears of it:
+/// raftexample replicated a URL with a trailing slash, and no node ever started again.
+async fn add(api: &Api, id: &[u8], query: Option<&str>, body: &mut Incoming) -> Result<(), Refusal> {
+    target::no_parameters(query)?;
+    let id = member_id(id, "POST /{id} adds the member with that numeric ID")?;
+    let value = body::read(api, body).await?;
+    let text = std::str::from_utf8(&value.bytes).map_err(|_| Refusal::bad_request("the body is no URL: not UTF-8"))?;
+    let mut urls: Vec<PeerUrl> = Vec::new();
+    for url in text.split('+') {
+        let url = PeerUrl::parse(url).map_err(|error| Refusal::bad_request(format!("not applied: {error}")))?;
+        if urls.contains(&url) {
+            return Err(Refusal::bad_request(format!("not applied: {url} is named twice")));
+        }
+        urls.push(url);
     }
-    match std::str::from_utf8(id).ok().and_then(|id| id.parse::<u64>().ok()) {
-        Some(_) => Refusal::new(
-            StatusCode::NOT_IMPLEMENTED,
-            "membership changes are not available in this version; nothing was changed",
-        ),
-        None => Refusal::bad_request(usage),
+    api.service.reconfigure(Change::Add(Member { id, urls })).await.map_err(Refusal::change)
+}
+
+async fn remove(api: &Api, id: &[u8], query: Option<&str>) -> Result<(), Refusal> {
+    target::no_parameters(query)?;
+    let id = member_id(
+        id,
+        "DELETE /{id} removes the member with that numeric ID; keys are deleted through /api/v1/kv/ (to come)",
+    )?;
+    api.service.reconfigure(Change::Remove(id)).await.map_err(Refusal::change)
+}
+
+fn member_id(id: &[u8], usage: &'static str) -> Result<u64, Refusal> {
+    let digits = id.iter().all(u8::is_ascii_digit);
+    match std::str::from_utf8(id).ok().filter(|_| digits).and_then(|id| id.parse::<u64>().ok()) {
+        Some(0) => Err(Refusal::bad_request("not applied: ID 0 means nobody; IDs start at 1")),
+        Some(id) => Ok(id),
+        None => Err(Refusal::bad_request(usage)),
     }
 }

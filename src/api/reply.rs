@@ -11,7 +11,7 @@ use hyper::http::HeaderValue;
 use hyper::{HeaderMap, Response, StatusCode};
 
 use super::HEADER_BYTES_MAX;
-use crate::channel::{Leadership, Rejection};
+use crate::channel::{ChangeFailure, Leadership, Rejection};
 use crate::kv;
 
 /// The body is always one piece; `socket` relies on it.
@@ -151,6 +151,17 @@ impl Refusal {
             other => other.to_string(),
         };
         Refusal::of(error, reason)
+    }
+
+    /// A change of the membership that was not made.
+    pub fn change(failure: ChangeFailure) -> Self {
+        let reason = failure.to_string();
+        match failure {
+            ChangeFailure::Invalid(_) => Refusal::bad_request(reason),
+            ChangeFailure::Conflict(_) => Refusal::new(StatusCode::CONFLICT, reason),
+            ChangeFailure::Rejected(rejection) => Refusal::of(kv::Error::NotApplied(rejection), reason),
+            ChangeFailure::Unknown => Refusal::of(kv::Error::Unknown, reason),
+        }
     }
 
     fn of(error: kv::Error, reason: String) -> Self {

@@ -1,9 +1,12 @@
 //! What may reach raft: every message of a peer passes here first, because raft believes what it is told, and panics or
 //! silently goes wrong on what no sane peer sends. Pure; whatever the message, the answer is a word, never a panic.
 
+use std::collections::BTreeSet;
+
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 
-use super::core::Core;
+use super::NONCE_BYTES;
+use super::core::{Core, FOUNDING};
 use crate::channel::{COMMAND_BYTES_MAX, RequestId};
 
 /// How far ahead of ours a term may be. It stops a damaged number from using up all terms there are; a member that was
@@ -30,7 +33,9 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
     if message.to != at.id {
         return refuse("receiver");
     }
-    if message.from == at.id || !core.is_member(message.from) {
+    // A member that was away does not know who joined meanwhile, and needs their word to learn of it. What answers a
+    // question of ours comes from members only.
+    if message.from == at.id || message.from == 0 || (is_answer(kind) && !core.is_member(message.from)) {
         return refuse("sender");
     }
     // A question for the read index is the one message between peers that carries no term.
@@ -40,7 +45,7 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
     if message.context.len() > CONTEXT_BYTES_MAX {
         return refuse("context");
     }
-    if message.request_snapshot != 0 || message.has_snapshot() {
+    if message.request_snapshot != 0 || message.has_snapshot() != (kind == MessageType::MsgSnapshot) {
         return refuse("snapshot");
     }
     if !message.entries.is_empty()
@@ -86,9 +91,9 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
         | MessageType::MsgRequestPreVote
         | MessageType::MsgRequestPreVoteResponse
         | MessageType::MsgHeartbeatResponse => Ok(()),
-        // Proposals are forwarded outside raft, snapshots have their own way, the rest never leaves a node.
+        MessageType::MsgSnapshot => snapshot(message, core),
+        // Proposals are forwarded outside raft, the rest never leaves a node.
         MessageType::MsgPropose
-        | MessageType::MsgSnapshot
         | MessageType::MsgHup
         | MessageType::MsgBeat
         | MessageType::MsgUnreachable
@@ -96,6 +101,44 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
         | MessageType::MsgCheckQuorum
         | MessageType::MsgTransferLeader => refuse("type"),
     }
+}
+
+fn is_answer(kind: MessageType) -> bool {
+    matches!(
+        kind,
+        MessageType::MsgAppendResponse
+            | MessageType::MsgHeartbeatResponse
+            | MessageType::MsgRequestVoteResponse
+            | MessageType::MsgRequestPreVoteResponse
+    )
+}
+
+/// A snapshot must be of a membership that makes sense and that this node is part of.
+fn snapshot(message: &Message, core: &Core) -> Result<(), Refusal> {
+    let at = core.position();
+    let metadata = message.get_snapshot().get_metadata();
+    let members = metadata.get_conf_state();
+    if message.term == at.term && core.is_leader() {
+        return Err(Refusal::Senseless("two leaders"));
+    }
+    if !message.get_snapshot().data.is_empty()
+        || metadata.index <= FOUNDING.0
+        || metadata.index > u64::MAX / 2
+        || metadata.term == 0
+        || metadata.term > message.term
+    {
+        return Err(Refusal::Senseless("snapshot position"));
+    }
+    let distinct = |ids: &[u64]| ids.iter().collect::<BTreeSet<_>>().len() == ids.len() && !ids.contains(&0);
+    let (voters, learners) = (&members.voters, &members.learners);
+    let sane = !voters.is_empty()
+        // No change of this version goes through a joint configuration.
+        && members.voters_outgoing.is_empty()
+        && members.learners_next.is_empty()
+        && !members.auto_leave
+        && distinct(&[voters.as_slice(), learners.as_slice()].concat())
+        && (voters.contains(&at.id) || learners.contains(&at.id));
+    if sane { Ok(()) } else { Err(Refusal::Senseless("snapshot members")) }
 }
 
 /// Entries must follow each other from `index` on, in rising terms, and must not contradict what is committed here.
@@ -137,13 +180,13 @@ fn append(message: &Message, core: &Core) -> Result<(), Refusal> {
 }
 
 fn check_entry(entry: &Entry) -> Result<(), Refusal> {
-    if entry.data.len() > COMMAND_BYTES_MAX || ![0, RequestId::BYTES].contains(&entry.context.len()) {
+    if entry.data.len() > COMMAND_BYTES_MAX || ![0, NONCE_BYTES, RequestId::BYTES].contains(&entry.context.len()) {
         return Err(Refusal::Senseless("entry size"));
     }
     match entry.get_entry_type() {
-        EntryType::EntryNormal => Ok(()),
-        // Membership is changed by no version so far.
-        EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => Err(Refusal::Senseless("entry type")),
+        EntryType::EntryNormal | EntryType::EntryConfChangeV2 => Ok(()),
+        // The older kind, which no version writes.
+        EntryType::EntryConfChange => Err(Refusal::Senseless("entry type")),
     }
 }
 
@@ -151,13 +194,20 @@ fn check_entry(entry: &Entry) -> Result<(), Refusal> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::core::Start;
+    use super::super::core::{Start, founding};
     use super::*;
 
     fn core() -> Core {
         let entries = (2..6).map(|index| Entry { index, term: 1 + index / 4, ..Entry::default() }).collect();
         let hard_state = raft::eraftpb::HardState { term: 3, commit: 4, ..Default::default() };
-        Core::new(Start { id: 1, conf_state: (vec![1, 2, 3], vec![]).into(), hard_state, entries, election_ticks: 10 })
+        Core::new(Start {
+            id: 1,
+            base: FOUNDING,
+            snapshot: founding(&[1, 2, 3], &[]),
+            hard_state,
+            entries,
+            election_ticks: 10,
+        })
     }
 
     fn message(kind: MessageType) -> Message {
@@ -180,7 +230,7 @@ mod tests {
         assert_eq!(refused(message(MsgPropose)), "type");
         assert_eq!(refused(Message { term: 0, ..message(MsgReadIndex) }), "read context");
         assert_eq!(refused(Message { to: 2, ..message(MsgAppend) }), "receiver");
-        assert_eq!(refused(Message { from: 9, ..message(MsgAppend) }), "sender");
+        assert_eq!(refused(Message { from: 9, ..message(MsgAppendResponse) }), "sender");
         assert_eq!(refused(Message { from: 1, ..message(MsgAppend) }), "sender");
         assert_eq!(refused(Message { term: u64::MAX, ..message(MsgRequestVote) }), "term");
         assert_eq!(refused(Message { index: u64::MAX, ..message(MsgAppendResponse) }), "number");

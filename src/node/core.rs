@@ -8,8 +8,11 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use raft::eraftpb::{ConfState, Entry, HardState, Message, MessageType};
-use raft::{Config, ProgressState, RawNode, ReadOnlyOption, ReadState, StateRole};
+use protobuf::Message as _;
+use raft::eraftpb::{
+    ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message, MessageType, SnapshotMetadata,
+};
+use raft::{Config, ProgressState, RawNode, ReadOnlyOption, ReadState, SnapshotStatus, StateRole};
 
 use super::logger;
 use super::mirror::Mirror;
@@ -25,17 +28,23 @@ const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct Start {
     pub id: u64,
-    pub conf_state: ConfState,
+    /// Index and term of the entry before the first in `entries`.
+    pub base: (u64, u64),
+    /// Of what is applied already: the snapshot that the service starts from.
+    pub snapshot: SnapshotMetadata,
     pub hard_state: HardState,
+    /// Contiguous, up to the snapshot's index at least.
     pub entries: Vec<Entry>,
     pub election_ticks: usize,
 }
 
-/// One thing to make durable: entries that replace what they conflict with, then the hard state.
+/// One thing to make durable: a received snapshot that the log starts anew behind, entries that replace what they
+/// conflict with, then the hard state.
 #[derive(Debug)]
 pub struct Write {
     /// Rises from write to write.
     pub number: u64,
+    pub snapshot: Option<(u64, u64)>,
     pub entries: Vec<Entry>,
     pub hard_state: Option<HardState>,
 }
@@ -47,8 +56,12 @@ pub struct Turn {
     pub messages: Vec<Message>,
     /// To make durable, in order.
     pub writes: Vec<Write>,
+    /// A received snapshot that is durable now: what follows is committed behind it.
+    pub restored: Option<SnapshotMetadata>,
     /// Committed and durable here, in log order.
     pub committed: Vec<Entry>,
+    /// The changes of the membership among `committed` that took effect, by index.
+    pub changes: Vec<(u64, ConfChangeV2)>,
     /// Reads that may be served once the index is applied.
     pub reads: Vec<ReadState>,
 }
@@ -61,6 +74,15 @@ pub struct Position {
     pub leader: u64,
     pub commit: u64,
     pub last: u64,
+}
+
+/// Why a change of the membership cannot be proposed now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotProposed {
+    /// It is not for this node to say.
+    NotLeader,
+    /// Another change is not applied yet.
+    ChangePending,
 }
 
 /// The raft state machine of one node.
@@ -77,19 +99,21 @@ pub struct Core {
     /// The hard state changed since the last write. Where only the commit index did, it may be lost, so it rides in
     /// the next write.
     unwritten_state: bool,
+    /// A received snapshot that is being made durable, and the number of that write.
+    restoring: Option<(u64, SnapshotMetadata)>,
 }
 
 impl Core {
-    /// Starts from what recovery found. `entries` are contiguous from the founding snapshot on.
+    /// Starts from what recovery found.
     pub fn new(start: Start) -> Self {
-        let Start { id, conf_state, mut hard_state, entries, election_ticks } = start;
-        hard_state.term = hard_state.term.max(FOUNDING.1);
-        hard_state.commit = hard_state.commit.max(FOUNDING.0);
+        let Start { id, base, snapshot, mut hard_state, entries, election_ticks } = start;
+        hard_state.term = hard_state.term.max(snapshot.term);
+        hard_state.commit = hard_state.commit.max(snapshot.index);
         let config = Config {
             id,
             election_tick: election_ticks,
             heartbeat_tick: 1,
-            applied: FOUNDING.0,
+            applied: snapshot.index,
             check_quorum: true,
             pre_vote: true,
             read_only_option: ReadOnlyOption::Safe,
@@ -99,10 +123,22 @@ impl Core {
             max_committed_size_per_ready: 8 << 20,
             ..Config::default()
         };
-        let mirror = Mirror::new(FOUNDING, conf_state, hard_state, entries);
+        let mut mirror = Mirror::new(base, snapshot.get_conf_state().clone(), hard_state, entries);
+        if snapshot.index > FOUNDING.0 {
+            mirror.set_snapshot(snapshot);
+        }
         let vote = (mirror.hard_state().term, mirror.hard_state().vote);
         let raw = RawNode::new(&config, mirror, &logger::into_tracing()).expect("configuration and log are sane");
-        Core { raw, held: VecDeque::new(), written: 0, persisted: 0, vote, voted: 0, unwritten_state: false }
+        Core {
+            raw,
+            held: VecDeque::new(),
+            written: 0,
+            persisted: 0,
+            vote,
+            voted: 0,
+            unwritten_state: false,
+            restoring: None,
+        }
     }
 
     pub fn position(&self) -> Position {
@@ -127,6 +163,11 @@ impl Core {
             StateRole::Follower if self.raw.raft.promotable() => Role::Follower,
             StateRole::Follower => Role::Learner,
         }
+    }
+
+    /// Who votes and who learns, as of the last entry applied.
+    pub fn conf_state(&self) -> &ConfState {
+        self.raw.store().conf_state()
     }
 
     pub fn is_member(&self, id: u64) -> bool {
@@ -200,6 +241,67 @@ impl Core {
         self.raw.step(message).map(|()| first).map_err(|_| Rejection::Busy)
     }
 
+    /// Proposes a change of the membership, if this node leads and no other change is under way: raft would take it and
+    /// log it as an empty entry. Returns term and index.
+    pub fn propose_change(&mut self, change: ConfChangeV2) -> Result<(u64, u64), NotProposed> {
+        let raft = &self.raw.raft;
+        if !self.is_leader() || raft.lead_transferee.is_some() {
+            return Err(NotProposed::NotLeader);
+        }
+        if raft.has_pending_conf() {
+            return Err(NotProposed::ChangePending);
+        }
+        let position = (raft.term, raft.raft_log.last_index() + 1);
+        self.raw.propose_conf_change(Vec::new(), change).map(|()| position).map_err(|_| NotProposed::ChangePending)
+    }
+
+    /// Whether a change of the membership may be proposed.
+    pub fn may_change(&self) -> bool {
+        self.is_leader() && self.raw.raft.lead_transferee.is_none() && !self.raw.raft.has_pending_conf()
+    }
+
+    /// There is a file of a snapshot now; the log up to `keep_from` is no longer needed.
+    pub fn compact(&mut self, snapshot: SnapshotMetadata, keep_from: u64) {
+        self.raw.mut_store().set_snapshot(snapshot);
+        self.raw.mut_store().compact(keep_from);
+    }
+
+    /// Whether a follower waits for a snapshot newer than the last; asking clears it.
+    pub fn take_snapshot_wanted(&self) -> bool {
+        self.raw.store().take_snapshot_wanted()
+    }
+
+    /// Index of the last entry that is no longer held, and bytes of command that are.
+    pub fn held(&self) -> (u64, u64) {
+        (self.raw.store().start(), self.raw.store().bytes())
+    }
+
+    /// The lowest index behind which the entries up to `index` hold no more than `bytes` of command.
+    pub fn reach_back(&self, index: u64, bytes: u64) -> u64 {
+        self.raw.store().reach_back(index, bytes)
+    }
+
+    /// Whether a received snapshot is being made durable.
+    pub fn is_restoring(&self) -> bool {
+        self.restoring.is_some()
+    }
+
+    /// Tells the members, through the log, which data directory a member has.
+    pub fn propose_nonce(&mut self, member: u64, nonce: u64) {
+        let context = [member.to_le_bytes(), nonce.to_le_bytes()].concat();
+        if let Err(error) = self.raw.propose(context, Vec::new()) {
+            tracing::debug!(%error, "nonce not proposed");
+        }
+    }
+
+    /// How the transfer of a snapshot ended; raft waits for it.
+    pub fn report_snapshot(&mut self, id: u64, delivered: bool) {
+        if self.is_member(id) {
+            let status = if delivered { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
+            self.raw.report_snapshot(id, status);
+        }
+    }
+
     /// Asks the leader for its commit index. False where raft would drop the question in silence: there is no leader,
     /// or it has not committed in its term yet.
     pub fn read_index(&mut self, context: RequestId) -> bool {
@@ -242,16 +344,28 @@ impl Core {
         assert!(self.persisted <= number && number <= self.written, "write {number} of {}", self.written);
         self.persisted = number;
         self.raw.on_persist_ready(number);
+        if let Some((_, snapshot)) = self.restoring.as_ref().filter(|(write, _)| *write <= number) {
+            self.raw.advance_apply_to(snapshot.index);
+        }
     }
 
     /// All that follows from what was fed in since the last turn.
     pub fn turn(&mut self) -> Turn {
         let mut turn = Turn::default();
         self.release(&mut turn);
+        if let Some((_, snapshot)) = self.restoring.take_if(|(write, _)| *write <= self.persisted) {
+            turn.restored = Some(snapshot);
+        }
         while self.raw.has_ready() {
             let mut ready = self.raw.ready();
             let number = ready.number();
-            assert!(ready.snapshot().get_metadata().index == 0, "no snapshot was admitted");
+            let mut snapshot = None;
+            if !ready.snapshot().is_empty() {
+                let metadata = ready.snapshot().get_metadata().clone();
+                self.raw.mut_store().restore(&metadata);
+                snapshot = Some((metadata.index, metadata.term));
+                self.restoring = Some((number, metadata));
+            }
             let entries = ready.take_entries();
             if !entries.is_empty() {
                 self.raw.mut_store().append(entries.clone());
@@ -268,17 +382,15 @@ impl Core {
                 }
                 self.written = number;
                 let hard_state = std::mem::take(&mut self.unwritten_state).then_some(hard_state);
-                turn.writes.push(Write { number, entries, hard_state });
+                turn.writes.push(Write { number, snapshot, entries, hard_state });
             }
-            turn.committed.append(&mut ready.take_committed_entries());
+            let committed = ready.take_committed_entries();
             turn.reads.append(&mut ready.take_read_states());
             // A leader's messages rely on its term and vote only; everybody else's on all that was written before.
             self.hold(self.voted, ready.take_messages(), &mut turn);
             self.hold(self.written, ready.take_persisted_messages(), &mut turn);
             self.raw.advance_append_async(ready);
-            if let Some(last) = turn.committed.last() {
-                self.raw.advance_apply_to(last.index);
-            }
+            self.take_committed(committed, &mut turn);
         }
         turn
     }
@@ -286,6 +398,54 @@ impl Core {
     /// What has not been written although it could be: only a commit index, on the way out.
     pub fn unwritten(&mut self) -> Option<HardState> {
         std::mem::take(&mut self.unwritten_state).then(|| self.raw.store().hard_state().clone())
+    }
+
+    /// Passes on what is committed. Changes of the membership take effect here, before raft is told that they are
+    /// applied.
+    fn take_committed(&mut self, committed: Vec<Entry>, turn: &mut Turn) {
+        let Some(last) = committed.last().map(|entry| entry.index) else {
+            return;
+        };
+        for entry in &committed {
+            if entry.get_entry_type() == EntryType::EntryConfChangeV2
+                && let Some(change) = self.apply_change(&entry.data)
+            {
+                turn.changes.push((entry.index, change));
+            }
+        }
+        turn.committed.extend(committed);
+        self.raw.advance_apply_to(last);
+    }
+
+    /// Every node finds the same change impossible, and passes it alike.
+    fn apply_change(&mut self, data: &[u8]) -> Option<ConfChangeV2> {
+        let mut change = ConfChangeV2::default();
+        if let Err(error) = change.merge_from_bytes(data) {
+            tracing::error!(%error, "a membership change cannot be read, and is passed over");
+            return None;
+        }
+        let id = self.raw.raft.id;
+        let removes = |id| {
+            let gone = |single: &raft::eraftpb::ConfChangeSingle| {
+                single.get_change_type() == ConfChangeType::RemoveNode && single.node_id == id
+            };
+            change.changes.iter().any(gone)
+        };
+        if self.is_leader() && removes(id) {
+            // Leadership should have moved before. A leader that applies its own removal would lead on for ever.
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, raft::INVALID_ID);
+        }
+        match self.raw.apply_conf_change(&change) {
+            Ok(conf_state) => {
+                self.raw.mut_store().set_conf_state(conf_state);
+                Some(change)
+            }
+            Err(error) => {
+                tracing::error!(%error, "an impossible membership change is passed over");
+                None
+            }
+        }
     }
 
     fn hold(&mut self, until: u64, messages: Vec<Message>, turn: &mut Turn) {
@@ -310,6 +470,14 @@ impl Core {
             !due
         });
     }
+}
+
+/// The synthetic snapshot that every founder starts from.
+#[cfg(test)]
+pub fn founding(voters: &[u64], learners: &[u64]) -> SnapshotMetadata {
+    let mut snapshot = SnapshotMetadata { index: FOUNDING.0, term: FOUNDING.1, ..SnapshotMetadata::default() };
+    snapshot.set_conf_state((voters.to_vec(), learners.to_vec()).into());
+    snapshot
 }
 
 #[cfg(test)]
@@ -355,7 +523,8 @@ mod tests {
             let Disk { hard_state, entries } = self.clone();
             Core::new(Start {
                 id,
-                conf_state: (voters.to_vec(), vec![]).into(),
+                base: FOUNDING,
+                snapshot: founding(voters, &[]),
                 hard_state,
                 entries,
                 election_ticks: 10,
@@ -547,9 +716,9 @@ mod tests {
     /// A lone voter that has a learner wins its election in the turn that writes its vote, and would send in it.
     #[test]
     fn a_lone_voter_s_appends_wait_for_its_vote() {
-        let conf_state = ConfState { voters: vec![1], learners: vec![2], ..ConfState::default() };
         let Disk { hard_state, entries } = Disk::default();
-        let mut core = Core::new(Start { id: 1, conf_state, hard_state, entries, election_ticks: 10 });
+        let snapshot = founding(&[1], &[2]);
+        let mut core = Core::new(Start { id: 1, base: FOUNDING, snapshot, hard_state, entries, election_ticks: 10 });
         core.campaign();
         let turn = core.turn();
         assert!(core.is_leader());

@@ -5,7 +5,7 @@ use tokio::task::JoinError;
 use tracing::debug;
 
 use super::{BACKLOG_BYTES_MAX, EVENTS_PER_TURN, Forwarded, Node, WAL_QUEUE_BYTES_MAX};
-use crate::channel::{self, Failure, MemberStatus, NodeStatus, Proposal, Queues, Rejection};
+use crate::channel::{self, Failure, MemberStatus, NodeStatus, Proposal, Queues, Rejection, SnapshotStatus};
 use crate::transport::{Position, ProposeError};
 use crate::wal::Room;
 
@@ -20,6 +20,7 @@ impl<A: Send + 'static> Node<A> {
         // The tick under way counts for nothing, or a request would be given up before its time.
         let deadline = self.now + self.request_ticks + 1;
         match proposal {
+            Proposal::Reconfigure { change, reply } => self.on_reconfigure(change, reply),
             Proposal::Status { reply } => channel::answer(reply, self.status()),
             Proposal::Read { reply } if self.stop_by.is_some() => channel::answer(reply, Err(Rejection::Stopping)),
             Proposal::Read { reply } => self.reads.admit(reply, deadline),
@@ -122,6 +123,7 @@ impl<A: Send + 'static> Node<A> {
         let members = self.members.iter().map(|member| MemberStatus {
             id: member.id,
             urls: member.urls.iter().map(ToString::to_string).collect(),
+            votes: self.core.conf_state().voters.contains(&member.id),
             progress: self.core.progress(member.id),
             connection: connections.iter().find(|peer| peer.id == member.id).map(|peer| serde_json::json!(peer)),
         });
@@ -133,6 +135,7 @@ impl<A: Send + 'static> Node<A> {
             leader: at.leader,
             commit: at.commit,
             members: members.collect(),
+            snapshot: SnapshotStatus { index: self.snapshotting.newest(), log_from: self.core.held().0 + 1 },
             wal: serde_json::json!(self.ends.wal.status()),
             queues: Queues {
                 proposals: self.pending.len(),

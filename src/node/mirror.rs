@@ -1,9 +1,10 @@
 //! The log as raft sees it: a mirror in memory of what the WAL holds or is about to hold. Raft reads entries from here;
 //! the node writes here before it tells raft that it has done so. Pure; used by `core`.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 
 /// Entries behind a start that is known by its index and term only.
@@ -12,14 +13,29 @@ pub struct Mirror {
     /// Index and term of the entry just before the first one held: the founding snapshot's, at first.
     start: (u64, u64),
     entries: VecDeque<Entry>,
+    /// Bytes of command in `entries`.
+    bytes: u64,
     hard_state: HardState,
     conf_state: ConfState,
+    /// The newest snapshot that can be sent, if there is a file of one.
+    snapshot: Option<SnapshotMetadata>,
+    /// A follower needs a newer snapshot than that.
+    snapshot_wanted: Cell<bool>,
 }
 
 impl Mirror {
-    /// A log that starts behind (index, term) and holds `entries`, contiguous from index + 1 on.
+    /// A log that starts behind (index, term) and holds `entries`, contiguous from index + 1 on. `conf_state` is that of
+    /// the last entry applied.
     pub fn new(start: (u64, u64), conf_state: ConfState, hard_state: HardState, entries: Vec<Entry>) -> Self {
-        let mut mirror = Mirror { start, entries: VecDeque::new(), hard_state, conf_state };
+        let mut mirror = Mirror {
+            start,
+            entries: VecDeque::new(),
+            bytes: 0,
+            hard_state,
+            conf_state,
+            snapshot: None,
+            snapshot_wanted: Cell::new(false),
+        };
         mirror.append(entries);
         mirror
     }
@@ -31,8 +47,69 @@ impl Mirror {
         };
         let (first, next) = (first.index, self.last() + 1);
         assert!(self.start.0 < first && first <= next, "append at {first} to a log of {:?}..{next}", self.start);
-        self.entries.truncate((first - self.start.0 - 1) as usize);
+        let kept = (first - self.start.0 - 1) as usize;
+        self.bytes -= size(self.entries.range(kept..));
+        self.entries.truncate(kept);
+        self.bytes += size(entries.iter());
         self.entries.extend(entries);
+    }
+
+    /// Forgets the entries up to `index`, which a snapshot covers.
+    pub fn compact(&mut self, index: u64) {
+        if let Some(at) = index.checked_sub(self.start.0 + 1).map(|at| at as usize) {
+            let term = self.entries[at].term;
+            self.bytes -= size(self.entries.range(..=at));
+            self.entries.drain(..=at);
+            self.start = (index, term);
+        }
+    }
+
+    /// Starts anew behind a snapshot that was received.
+    pub fn restore(&mut self, snapshot: &SnapshotMetadata) {
+        self.start = (snapshot.index, snapshot.term);
+        self.entries.clear();
+        self.bytes = 0;
+        self.conf_state = snapshot.get_conf_state().clone();
+        self.snapshot = Some(snapshot.clone());
+    }
+
+    /// There is a file of this snapshot now.
+    pub fn set_snapshot(&mut self, snapshot: SnapshotMetadata) {
+        self.snapshot = Some(snapshot);
+    }
+
+    pub fn set_conf_state(&mut self, conf_state: ConfState) {
+        self.conf_state = conf_state;
+    }
+
+    pub fn conf_state(&self) -> &ConfState {
+        &self.conf_state
+    }
+
+    /// Whether a follower needs a newer snapshot than there is; asking clears it.
+    pub fn take_snapshot_wanted(&self) -> bool {
+        self.snapshot_wanted.take()
+    }
+
+    /// Index of the last entry that is no longer held.
+    pub fn start(&self) -> u64 {
+        self.start.0
+    }
+
+    /// The lowest index behind which the entries up to `index` hold no more than `bytes`.
+    pub fn reach_back(&self, index: u64, bytes: u64) -> u64 {
+        let held = (index.saturating_sub(self.start.0) as usize).min(self.entries.len());
+        let mut sum = 0;
+        let fits = |entry: &&Entry| {
+            sum += entry.data.len() as u64;
+            sum <= bytes
+        };
+        self.start.0 + (held - self.entries.range(..held).rev().take_while(fits).count()) as u64
+    }
+
+    /// Bytes of command held.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     pub fn hard_state(&self) -> &HardState {
@@ -101,10 +178,30 @@ impl Storage for Mirror {
         Ok(self.last())
     }
 
-    /// Nothing is compacted, so every follower finds its next entry in the log and none is asked for.
-    fn snapshot(&self, _request: u64, _to: u64) -> Result<Snapshot> {
-        Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    /// The newest snapshot, if it will do for this follower: the log goes on where it ends, and the follower is in it,
+    /// for it would ignore one that it is not part of. Else a newer one is asked for.
+    fn snapshot(&self, request: u64, to: u64) -> Result<Snapshot> {
+        let fits = |snapshot: &&SnapshotMetadata| {
+            let members = snapshot.get_conf_state();
+            snapshot.index >= self.start.0.max(request)
+                && [&members.voters, &members.learners, &members.voters_outgoing].iter().any(|ids| ids.contains(&to))
+        };
+        match self.snapshot.as_ref().filter(fits) {
+            Some(metadata) => {
+                let mut snapshot = Snapshot::default();
+                snapshot.set_metadata(metadata.clone());
+                Ok(snapshot)
+            }
+            None => {
+                self.snapshot_wanted.set(true);
+                Err(Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+            }
+        }
     }
+}
+
+fn size<'a>(entries: impl Iterator<Item = &'a Entry>) -> u64 {
+    entries.map(|entry| entry.data.len() as u64).sum()
 }
 
 #[cfg(test)]
@@ -126,6 +223,31 @@ mod tests {
         assert_eq!(mirror.last_index().unwrap(), 3);
         assert_eq!((mirror.term(1).unwrap(), mirror.term(2).unwrap(), mirror.term(3).unwrap()), (1, 1, 2));
         assert!(mirror.term(0).is_err() && mirror.term(4).is_err());
+    }
+
+    #[test]
+    fn compaction_keeps_the_term_of_what_it_forgets() {
+        let mut mirror = mirror(vec![entry(2, 1), entry(3, 2), entry(4, 2)]);
+        mirror.compact(3);
+        mirror.compact(2);
+        assert_eq!((mirror.first_index().unwrap(), mirror.last_index().unwrap(), mirror.bytes()), (4, 4, 100));
+        assert_eq!((mirror.term(3).unwrap(), mirror.term(2).is_err()), (2, true));
+        mirror.append(vec![entry(5, 2), entry(6, 2)]);
+        assert_eq!((mirror.reach_back(6, 250), mirror.reach_back(5, 250), mirror.reach_back(6, 0)), (4, 3, 6));
+    }
+
+    /// A snapshot that lacks its receiver is ignored there in silence, and the leader would wait for ever.
+    #[test]
+    fn a_snapshot_is_offered_only_to_its_members() {
+        let mut mirror = mirror(vec![entry(2, 1), entry(3, 1)]);
+        assert!(mirror.snapshot(0, 2).is_err() && mirror.take_snapshot_wanted());
+        let mut metadata = SnapshotMetadata { index: 3, term: 1, ..SnapshotMetadata::default() };
+        metadata.set_conf_state((vec![1], vec![2]).into());
+        mirror.set_snapshot(metadata);
+        assert_eq!(mirror.snapshot(0, 2).unwrap().get_metadata().index, 3);
+        assert!(!mirror.take_snapshot_wanted());
+        assert!(mirror.snapshot(0, 3).is_err() && mirror.take_snapshot_wanted());
+        assert!(mirror.snapshot(4, 2).is_err(), "too old");
     }
 
     #[test]

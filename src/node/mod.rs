@@ -6,6 +6,7 @@
 //! peers say passes `admit` first.
 
 mod admit;
+mod changes;
 mod core;
 mod intake;
 mod logger;
@@ -14,26 +15,32 @@ mod mirror;
 mod peers;
 mod pending;
 mod reads;
+mod snapshots;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use raft::eraftpb::EntryType;
+use raft::eraftpb::{Entry, EntryType, Message, MessageType, SnapshotMetadata};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
+use self::changes::Changes;
 pub use self::core::FOUNDING;
 use self::core::{Core, Start, Turn};
 use self::members::Members;
+pub use self::members::members_in_log;
 use self::pending::{Pending, Proposed};
 use self::reads::Reads;
+use self::snapshots::Snapshotting;
+pub use self::snapshots::{Policy, conf_state};
 use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, ServiceGone};
 use crate::metrics::{Metrics, Reason};
 use crate::transport::{self, Meeting, Position, ProposeError, Transport};
+use crate::wal::snapshot::{Meta, Snapshots};
 use crate::wal::writer::{self, Writer};
 use crate::wal::{self, Append, Recovered, Room};
 
@@ -46,6 +53,9 @@ const WAL_QUEUE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of command that may wait for the store before proposals are turned away.
 const BACKLOG_BYTES_MAX: usize = 64 << 20;
 
+/// The context of an entry that names a member's data directory: member and nonce, little-endian.
+const NONCE_BYTES: usize = 16;
+
 /// Room in the log that appends leave for terms and votes when the disk is full.
 const RESERVE_BYTES: u64 = 1 << 20;
 
@@ -54,9 +64,12 @@ const RESERVE_BYTES: u64 = 1 << 20;
 pub struct Settings {
     pub id: u64,
     pub cluster: u64,
+    /// Of the data directory.
+    pub nonce: u64,
     pub tick: Duration,
     pub election_ticks: usize,
     pub request_timeout: Duration,
+    pub snapshots: Policy,
 }
 
 /// The service's word on a command, before it is in the log.
@@ -73,6 +86,7 @@ pub struct Ends<A> {
     pub wal_events: mpsc::UnboundedReceiver<writer::Event>,
     pub transport: Transport,
     pub peer_events: mpsc::Receiver<transport::Event>,
+    pub snapshots: Arc<Snapshots>,
     pub metrics: Arc<Metrics>,
 }
 
@@ -94,6 +108,9 @@ pub enum Stopped {
          lost data. Remove this member from the cluster and add the machine under a new ID, with an empty directory"
     )]
     DataLost { leader: u64, commit: u64, last: u64 },
+    /// The one good end among these.
+    #[error("this member was removed from the cluster")]
+    Removed,
     #[error(
         "entry {index} is of a kind that this version of raftkv does not know: a newer version wrote it. Upgrade this \
          member"
@@ -120,6 +137,8 @@ pub struct Node<A> {
     pending: Pending<A>,
     reads: Reads,
     forwards: JoinSet<Forwarded>,
+    changes: Changes,
+    snapshotting: Snapshotting,
     /// Writes to the log that are not durable yet, by sequence number.
     writing: VecDeque<(u64, Durable)>,
     last_write: u64,
@@ -132,6 +151,8 @@ pub struct Node<A> {
     /// Index of the last entry given to the service.
     published: u64,
     leadership: Leadership,
+    /// The tick at which this node last came to lead.
+    leading_since: u64,
     /// Whether this node stood for election ahead of time, which it does once.
     stood_first: bool,
     /// The tick at which a stopping node no longer waits for a successor.
@@ -139,33 +160,34 @@ pub struct Node<A> {
 }
 
 impl<A: Send + 'static> Node<A> {
-    /// A node that goes on from what its log holds.
-    pub fn new(settings: Settings, recovered: Recovered, ends: Ends<A>) -> Self {
-        let Recovered { founders, boot, hard_state, entries, nonces, .. } = recovered;
-        let fresh = hard_state.term == 0 && entries.is_empty();
+    /// A node that goes on from what its log holds, behind the snapshot `meta` that the service starts from.
+    pub fn new(settings: Settings, recovered: Recovered, meta: &Meta, ends: Ends<A>) -> Self {
+        let Recovered { boot, hard_state, entries, nonces, compacted, .. } = recovered;
+        let base = compacted.unwrap_or(FOUNDING);
+        let fresh = hard_state.term == 0 && entries.is_empty() && base == FOUNDING;
         let request_ticks = settings.request_timeout.as_micros().div_ceil(settings.tick.as_micros().max(1)) as u64;
         let id = settings.id;
-        let core = Core::new(Start {
-            id,
-            conf_state: (founders.iter().map(|member| member.id).collect::<Vec<_>>(), vec![]).into(),
-            hard_state,
-            entries,
-            election_ticks: settings.election_ticks,
-        });
+        let mut snapshot = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
+        snapshot.set_conf_state(conf_state(meta));
+        let election_ticks = settings.election_ticks;
+        let core = Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks });
         Node {
             core,
-            members: Members::new(id, founders, nonces, fresh),
+            members: Members::new(id, settings.nonce, meta, nonces, fresh),
             pending: Pending::new(id, boot),
             reads: Reads::new(id, boot),
             forwards: JoinSet::new(),
+            changes: Changes::new(id, boot),
+            snapshotting: Snapshotting::new(ends.snapshots.clone(), settings.snapshots.clone(), meta.index),
             writing: VecDeque::new(),
             last_write: 0,
             room: Room::Ok,
             now: 0,
             request_ticks,
             propose_from: 0,
-            published: FOUNDING.0,
+            published: meta.index,
             leadership: Leadership::default(),
+            leading_since: 0,
             stood_first: false,
             stop_by: None,
             settings,
@@ -193,6 +215,8 @@ impl<A: Send + 'static> Node<A> {
                 Some(event) = self.ends.wal_events.recv() => self.on_wal(event),
                 Some(event) = self.ends.peer_events.recv() => self.on_peer(event),
                 Some(done) = self.forwards.join_next() => { self.on_forwarded(done); Ok(()) }
+                Some(done) = self.changes.answered() => { self.on_change_answered(done); Ok(()) }
+                Some(done) = self.snapshotting.done() => self.on_snapshot_done(done),
                 Some(proposal) = self.ends.proposals.recv() => { self.on_proposal(proposal); Ok(()) }
             };
             if let Err(stopped) = event.and_then(|()| self.drain()) {
@@ -228,6 +252,7 @@ impl<A: Send + 'static> Node<A> {
             self.core.tick();
         }
         self.stand_first(true);
+        self.tick_changes();
         let why = if self.leadership.leader == 0 { Rejection::NoLeader } else { Rejection::Busy };
         let (rejected, unknown) = self.pending.expire(self.now, why);
         let unresolved = &self.ends.metrics.proposals_unresolved;
@@ -283,30 +308,26 @@ impl<A: Send + 'static> Node<A> {
         self.stand_first(false);
         self.note_leadership();
         self.propose();
+        self.propose_changes();
         self.ask_read_index();
-        let Turn { messages, writes, committed, reads } = self.core.turn();
-        for core::Write { number, entries, hard_state } in writes {
-            self.write(Append { entries, hard_state, ..Append::default() }, Durable::Ready(number));
+        let Turn { messages, writes, restored, committed, changes, reads } = self.core.turn();
+        for core::Write { number, snapshot, entries, hard_state } in writes {
+            self.write(Append { snapshot, entries, hard_state, ..Append::default() }, Durable::Ready(number));
         }
-        if !messages.is_empty() {
-            self.ends.transport.send(messages);
+        self.send(messages);
+        let mut commits = Vec::with_capacity(committed.len() + 2);
+        if let Some(metadata) = restored {
+            self.restore(&metadata, &mut commits);
         }
-        let mut commits = Vec::with_capacity(committed.len() + 1);
+        self.settle_received();
+        let mut changes = changes.into_iter().peekable();
+        let mut removed = Ok(());
         for entry in committed {
-            if entry.get_entry_type() != EntryType::EntryNormal {
-                return Err(Stopped::NewerEntry { index: entry.index });
+            if let Some((_, change)) = changes.next_if(|(index, _)| *index == entry.index) {
+                removed = removed.and(self.on_change_made(&change));
             }
             self.published = entry.index;
-            commits.push(match RequestId::from_bytes(&entry.context) {
-                None => Commit::Skip { index: entry.index, term: entry.term },
-                Some(request) => Commit::Apply {
-                    index: entry.index,
-                    term: entry.term,
-                    request,
-                    command: entry.data,
-                    reply: self.pending.committed(request),
-                },
-            });
+            commits.push(self.commit(entry)?);
         }
         for read in reads {
             self.reads.answered(&read.request_ctx, read.index);
@@ -315,10 +336,43 @@ impl<A: Send + 'static> Node<A> {
         if !replies.is_empty() {
             commits.push(Commit::Barrier { replies });
         }
+        self.snapshot_if_due(&mut commits);
         if !commits.is_empty() {
             self.ends.commits.publish(commits)?;
         }
-        Ok(())
+        removed
+    }
+
+    fn send(&mut self, mut messages: Vec<Message>) {
+        if messages.is_empty() {
+            return;
+        }
+        // A snapshot's message goes with its file, on a connection of its own.
+        let is_snapshot = |message: &mut Message| message.get_msg_type() == MessageType::MsgSnapshot;
+        for message in messages.extract_if(.., is_snapshot) {
+            self.ends.transport.send_snapshot(message);
+        }
+        self.ends.transport.send(messages);
+    }
+
+    /// What a committed entry means to the service.
+    fn commit(&mut self, entry: Entry) -> Result<Commit<A>, Stopped> {
+        let Entry { index, term, .. } = entry;
+        match entry.get_entry_type() {
+            EntryType::EntryNormal => {}
+            EntryType::EntryConfChangeV2 => return Ok(Commit::Skip { index, term }),
+            EntryType::EntryConfChange => return Err(Stopped::NewerEntry { index }),
+        }
+        if let Some(request) = RequestId::from_bytes(&entry.context) {
+            let reply = self.pending.committed(request);
+            return Ok(Commit::Apply { index, term, request, command: entry.data, reply });
+        }
+        if let Ok(nonce) = <&[u8; NONCE_BYTES]>::try_from(&entry.context[..]) {
+            let (member, nonce) = nonce.split_at(8);
+            let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+            self.members.learn_nonce(number(member), number(nonce));
+        }
+        Ok(Commit::Skip { index, term })
     }
 
     fn ask_read_index(&mut self) {
@@ -354,6 +408,10 @@ impl<A: Send + 'static> Node<A> {
         self.ends.metrics.raft_leader.set(at.leader as i64);
         self.ends.transport.set_leader(at.leader);
         self.ends.leadership.send_replace(leadership);
+        self.changes_lost_leader();
+        if at.leader == at.id {
+            self.leading_since = self.now;
+        }
         // What was forwarded to another leader may hang there: its outcome is unknown, and it is proposed again.
         self.forwards = JoinSet::new();
         if at.leader != 0 {
@@ -374,6 +432,9 @@ impl<A: Send + 'static> Node<A> {
 
     /// Ends in order: what is written becomes durable, then the peers are left.
     async fn close(mut self, outcome: Result<(), Stopped>) -> Result<(), Stopped> {
+        if let Err(Stopped::Removed) = &outcome {
+            self.changes.own_removal();
+        }
         if let (Ok(()), Some(hard_state)) = (&outcome, self.core.unwritten()) {
             self.last_write += 1;
             let number = self.last_write;

@@ -5,10 +5,11 @@ use raft::eraftpb::{Message, MessageType};
 use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
-use super::admit::{self, admit};
+use super::admit::{Refusal, admit};
 use super::members::Acquaintance;
 use super::{Durable, Node, RESERVE_BYTES, Stopped, WAL_QUEUE_BYTES_MAX};
 use crate::channel::{self, COMMAND_BYTES_MAX, Rejection, RequestId};
+use crate::cluster::Member;
 use crate::metrics::Reason;
 use crate::transport::{self, Meeting, Position};
 use crate::wal::{Append, Room};
@@ -17,6 +18,12 @@ impl<A: Send + 'static> Node<A> {
     pub(super) fn on_peer(&mut self, event: transport::Event) -> Result<(), Stopped> {
         match event {
             transport::Event::Message(message) => return self.on_message(message),
+            transport::Event::Snapshot { message } => self.on_snapshot(message),
+            transport::Event::SnapshotSent { peer, delivered } => self.core.report_snapshot(peer, delivered),
+            transport::Event::Reconfigure { body, reply, .. } => self.on_foreign_change(&body, reply),
+            transport::Event::Introduce { id, urls, reply } => {
+                channel::answer(reply, self.introduce(Member { id, urls }));
+            }
             transport::Event::Propose { from, proposals, reply } => self.on_foreign_proposals(from, &proposals, reply),
             transport::Event::Meet { peer, nonce, reply } => self.on_meet(peer, nonce, reply),
             transport::Event::Accepted { peer, leader } => {
@@ -37,6 +44,7 @@ impl<A: Send + 'static> Node<A> {
             transport::Event::Refused { peer, refusal: transport::Refusal::OtherNonce } => {
                 return Err(Stopped::OtherDirectory { peer });
             }
+            transport::Event::Refused { refusal: transport::Refusal::Removed, .. } => return Err(Stopped::Removed),
             transport::Event::Refused { peer, refusal } => debug!(peer, ?refusal, "refused"),
         }
         Ok(())
@@ -45,16 +53,7 @@ impl<A: Send + 'static> Node<A> {
     fn on_message(&mut self, message: Message) -> Result<(), Stopped> {
         let kind = message.get_msg_type();
         if let Err(refusal) = admit(&message, &self.core) {
-            return match refusal {
-                admit::Refusal::Senseless(word) => {
-                    debug!(from = message.from, ?kind, word, "message refused");
-                    self.count_refused(word);
-                    Ok(())
-                }
-                admit::Refusal::DataLost { commit, last } => {
-                    Err(Stopped::DataLost { leader: message.from, commit, last })
-                }
-            };
+            return self.on_refused(&message, refusal);
         }
         let asks_for_vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
         if asks_for_vote && !self.members.may_vote() {
@@ -68,7 +67,29 @@ impl<A: Send + 'static> Node<A> {
         Ok(())
     }
 
-    fn count_refused(&self, reason: &'static str) {
+    pub(super) fn on_refused(&self, message: &Message, refusal: Refusal) -> Result<(), Stopped> {
+        match refusal {
+            Refusal::Senseless(word) => {
+                debug!(from = message.from, kind = ?message.get_msg_type(), word, "message refused");
+                self.count_refused(word);
+                Ok(())
+            }
+            Refusal::DataLost { commit, last } => Err(Stopped::DataLost { leader: message.from, commit, last }),
+        }
+    }
+
+    /// Tells a newcomer where it belongs.
+    fn introduce(&self, newcomer: Member) -> transport::Introduction {
+        match self.members.introduce(self.settings.cluster, &newcomer) {
+            Ok(introduction) => transport::Introduction::Member {
+                body: serde_json::to_vec(&introduction).expect("an introduction is plain data").into(),
+            },
+            Err(Some(reason)) => transport::Introduction::NotAMember(reason),
+            Err(None) => transport::Introduction::Removed,
+        }
+    }
+
+    pub(super) fn count_refused(&self, reason: &'static str) {
         self.ends.metrics.messages_refused.get_or_create(&Reason { reason }).inc();
     }
 
@@ -121,7 +142,11 @@ impl<A: Send + 'static> Node<A> {
                 }
                 channel::answer(reply, Meeting::OtherNonce);
             }
-            Acquaintance::Stranger => channel::answer(reply, Meeting::NotAMember),
+            Acquaintance::Removed => channel::answer(reply, Meeting::Removed),
+            // Who leads knows all members there are. Anybody else may have been away when this one joined, and must hear
+            // it to learn of it; raft takes no answers from strangers.
+            Acquaintance::Stranger if self.core.is_leader() => channel::answer(reply, Meeting::NotAMember),
+            Acquaintance::Stranger => channel::answer(reply, Meeting::Known),
         }
     }
 }

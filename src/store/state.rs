@@ -12,7 +12,7 @@ use crate::command::{Command, Unreadable};
 use crate::window::{Seen, Window};
 
 /// Writes of one node that may overtake each other on their way into the log.
-const WINDOW_SIZE: usize = 1 << 16;
+pub(super) const WINDOW_SIZE: usize = 1 << 16;
 
 /// A key's value and history. Revisions are the store's (etcd's rule): it starts at 1 and rises with each write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,17 +42,17 @@ pub enum Outcome {
     Malformed,
 }
 
-/// All that is replicated.
-#[derive(Debug, Clone)]
+/// All that is replicated. A clone costs next to nothing, however many keys there are. `snapshot` keeps every field.
+#[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    keys: OrdMap<Bytes, KeyValue>,
-    revision: u64,
-    applied: u64,
-    content_hash: u64,
-    log_hash: u64,
+    pub(super) keys: OrdMap<Bytes, KeyValue>,
+    pub(super) revision: u64,
+    pub(super) applied: u64,
+    pub(super) content_hash: u64,
+    pub(super) log_hash: u64,
     /// For each node, its newest boot and the writes seen from it. An older boot's process is gone, and nobody waits
     /// for what it may still have had on its way.
-    seen: BTreeMap<u64, (u64, Window)>,
+    pub(super) seen: BTreeMap<u64, (u64, Window)>,
 }
 
 impl State {
@@ -154,7 +154,7 @@ impl State {
 }
 
 /// A key's part in the content hash: parts are added up, so that order does not matter and a change costs one key.
-fn hash(key: &[u8], entry: &KeyValue) -> u64 {
+pub(super) fn hash(key: &[u8], entry: &KeyValue) -> u64 {
     let mut hasher = Xxh3::new();
     hasher.update(&(key.len() as u64).to_le_bytes());
     hasher.update(key);

@@ -1,14 +1,18 @@
-//! Connections to a peer, and single exchanges over them. Its callers are `stream`, which keeps a connection of its own,
-//! and `pipeline`, `propose` and `probe`, which share a few idle ones.
+//! Connections to a peer, and single exchanges over them. Its callers are `stream` and `snapshot`, which keep connections
+//! of their own, and `pipeline`, `forward` and `probe`, which share a few idle ones.
 //!
 //! An exchange that failed says whether the request can have reached the peer: the difference between *rejected* and
 //! *unknown* begins here.
 
+use std::error::Error;
+use std::future::Future;
 use std::io;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, Connection, SendRequest};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
@@ -19,6 +23,7 @@ use super::handshake::{self, Denied, Refusal, Responder};
 use super::hub::Hub;
 use super::peer::Peer;
 use super::{IO_TIMEOUT, locked};
+use crate::cluster::PeerUrl;
 
 /// For one URL; several are tried in turn.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -28,22 +33,55 @@ const IDLE_MAX: usize = 4;
 const ANSWER_BYTES_MAX: usize = 8 << 20;
 
 type Sender = SendRequest<Full<Bytes>>;
+/// A connection, and the end that takes its requests.
+pub type Connected<B> = (SendRequest<B>, Connection<TokioIo<TcpStream>, B>);
 
 /// Connects to the first of the peer's URLs that answers.
-pub async fn connect(peer: &Peer) -> io::Result<(Sender, Connection<TokioIo<TcpStream>, Full<Bytes>>)> {
+pub async fn connect<B>(peer: &Peer) -> io::Result<Connected<B>>
+where
+    B: Body + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
     let mut failure = io::Error::other("it has no peer URL");
     for (index, url) in peer.urls() {
-        let opened = timeout(CONNECT_TIMEOUT, TcpStream::connect(url.authority())).await;
-        match opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).and_then(no_delay) {
-            Ok(stream) => {
+        match connect_to(&url).await {
+            Ok(connected) => {
                 peer.dialled(Some(index));
-                return http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other);
+                return Ok(connected);
             }
-            Err(error) => failure = io::Error::new(error.kind(), format!("connect to {url}: {error}")),
+            Err(error) => failure = error,
         }
     }
     peer.dialled(None);
     Err(failure)
+}
+
+/// Connects to one URL. The error names it.
+pub async fn connect_to<B>(url: &PeerUrl) -> io::Result<Connected<B>>
+where
+    B: Body + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    let opened = timeout(CONNECT_TIMEOUT, TcpStream::connect(url.authority())).await;
+    let opened = opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).and_then(no_delay);
+    match opened {
+        Ok(stream) => http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other),
+        Err(error) => Err(io::Error::new(error.kind(), format!("connect to {url}: {error}"))),
+    }
+}
+
+/// Drives a connection until the only exchange on it is done.
+pub async fn drive<T>(connection: impl Future, exchange: impl Future<Output = T>) -> T {
+    let (mut connection, mut exchange) = (pin!(connection), pin!(exchange));
+    tokio::select! {
+        biased;
+        outcome = &mut exchange => return outcome,
+        _ = &mut connection => {}
+    }
+    // The other end answered and closed at once, or only closed: both are known by now.
+    exchange.await
 }
 
 /// Messages are written whole; to hold them back for more would add a round trip to each.
@@ -62,9 +100,14 @@ pub struct Answer {
 impl Answer {
     /// Why this is not a success, in words for the log.
     pub fn failure(&self) -> String {
-        let text = String::from_utf8_lossy(&self.response.body()[..self.response.body().len().min(200)]);
-        format!("it answered {}: {}", self.response.status(), text.trim_end())
+        failure(&self.response)
     }
+}
+
+/// What a response that is no success says, in words for the log.
+pub fn failure(response: &Response<Bytes>) -> String {
+    let text = String::from_utf8_lossy(&response.body()[..response.body().len().min(200)]);
+    format!("it answered {}: {}", response.status(), text.trim_end())
 }
 
 /// Why there is no answer.
@@ -94,7 +137,7 @@ pub async fn exchange(hub: &Hub, peer: &Peer, mut request: Request<Full<Bytes>>)
                 return Err(Failed::Unsent(Box::new(request)));
             }
             match sender.try_send_request(request).await {
-                Ok(response) => collect(response).await.map_err(Failed::Lost),
+                Ok(response) => collect(response, ANSWER_BYTES_MAX).await.map_err(Failed::Lost),
                 Err(mut failed) => match failed.take_message() {
                     Some(request) => Err(Failed::Unsent(Box::new(request))),
                     None => Err(Failed::Lost(failed.into_error().to_string())),
@@ -134,8 +177,11 @@ async fn open(hub: &Hub, peer: &Peer) -> Result<Sender, ExchangeError> {
     if !peer.may_dial() {
         return Err(ExchangeError::NotSent("the peer was unreachable a moment ago".to_owned()));
     }
-    let (sender, connection) = connect(peer).await.map_err(|error| ExchangeError::NotSent(error.to_string()))?;
-    hub.spawn_until(&peer.stop, async move {
+    let place = peer.place();
+    let connecting = place.run_until_cancelled(connect(peer)).await;
+    let connected = connecting.unwrap_or_else(|| Err(io::Error::other("the peer moved")));
+    let (sender, connection) = connected.map_err(|error| ExchangeError::NotSent(error.to_string()))?;
+    hub.spawn_until(&place, async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "a connection to a peer ended");
         }
@@ -143,9 +189,10 @@ async fn open(hub: &Hub, peer: &Peer) -> Result<Sender, ExchangeError> {
     Ok(sender)
 }
 
-async fn collect(response: Response<hyper::body::Incoming>) -> Result<Response<Bytes>, String> {
+/// Reads the whole body of a response, up to `bytes_max`.
+pub async fn collect(response: Response<Incoming>, bytes_max: usize) -> Result<Response<Bytes>, String> {
     let (parts, body) = response.into_parts();
-    let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
+    let body = Limited::new(body, bytes_max).collect().await.map_err(|error| error.to_string())?;
     Ok(Response::from_parts(parts, body.to_bytes()))
 }
 

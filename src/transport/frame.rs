@@ -164,6 +164,12 @@ impl Decoder {
         }
     }
 
+    /// What came behind the last frame; to be called when one was returned.
+    pub fn rest(self) -> Bytes {
+        assert!(self.partial.is_empty(), "{} bytes of an incomplete frame", self.partial.len());
+        self.chunk
+    }
+
     /// True between two frames, where a stream may end.
     pub fn is_empty(&self) -> bool {
         self.partial.is_empty() && self.chunk.is_empty()

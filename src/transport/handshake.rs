@@ -19,6 +19,9 @@ pub const URLS_MAX: usize = 16;
 pub const PIPELINE: &str = "/raft";
 pub const STREAM: &str = "/raft/stream/message";
 pub const PROPOSE: &str = "/raft/propose";
+pub const SNAPSHOT: &str = "/raft/snapshot";
+pub const RECONFIGURE: &str = "/raft/reconfigure";
+pub const INTRODUCE: &str = "/raft/cluster";
 pub const PROBING: &str = "/raft/probing";
 
 const FROM: HeaderName = HeaderName::from_static("x-raft-from");
@@ -85,6 +88,15 @@ pub enum Denied {
     Frame(#[from] FrameError),
     #[error("the body is too large")]
     TooLarge,
+    /// A joiner that the members do not know, and why.
+    #[error("{0}")]
+    NotIntroduced(String),
+    #[error("the snapshot was damaged on its way")]
+    SnapshotDamaged,
+    #[error("the file holds another snapshot than the message says")]
+    SnapshotMismatch,
+    #[error("the snapshot could not be stored")]
+    SnapshotNotStored,
     #[error("too busy, try again")]
     Busy,
     #[error("no answer in time: it may have been taken")]
@@ -100,6 +112,10 @@ impl Denied {
             Denied::Malformed(_) => "malformed",
             Denied::Frame(error) => error.token(),
             Denied::TooLarge => "too-large",
+            Denied::NotIntroduced(_) => Refusal::NotAMember.token(),
+            Denied::SnapshotDamaged => "snapshot-damaged",
+            Denied::SnapshotMismatch => "snapshot-mismatch",
+            Denied::SnapshotNotStored => "snapshot-not-stored",
             Denied::Busy => "busy",
             Denied::Unanswered => "unanswered",
         }
@@ -112,10 +128,13 @@ impl Denied {
             Denied::Refused(
                 Refusal::ClusterMismatch | Refusal::WrongReceiver | Refusal::Version | Refusal::OtherNonce,
             ) => StatusCode::PRECONDITION_FAILED,
-            Denied::Refused(Refusal::NotAMember) => StatusCode::FORBIDDEN,
+            Denied::Refused(Refusal::NotAMember) | Denied::NotIntroduced(_) => StatusCode::FORBIDDEN,
             Denied::Refused(Refusal::Removed) => StatusCode::GONE,
             Denied::Frame(FrameError::TooLong(_)) | Denied::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Denied::Malformed(_) | Denied::Frame(_) => StatusCode::BAD_REQUEST,
+            Denied::Malformed(_) | Denied::Frame(_) | Denied::SnapshotDamaged | Denied::SnapshotMismatch => {
+                StatusCode::BAD_REQUEST
+            }
+            Denied::SnapshotNotStored => StatusCode::INTERNAL_SERVER_ERROR,
             Denied::Busy => StatusCode::SERVICE_UNAVAILABLE,
             Denied::Unanswered => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -148,14 +167,17 @@ pub struct Identity {
 
 impl Identity {
     pub fn new(id: u64, cluster: u64, nonce: u64, urls: &[PeerUrl]) -> Self {
-        let urls = urls.iter().map(PeerUrl::to_string).collect::<Vec<_>>().join("+");
-        let urls = HeaderValue::try_from(urls).expect("a peer URL is ASCII");
-        Identity { id, cluster, nonce, urls }
+        Identity { id, cluster, nonce, urls: joined(urls) }
     }
 
     /// A request to member `to` that carries all headers.
     pub fn request(&self, method: Method, path: &'static str, to: u64, body: Bytes) -> Request<Full<Bytes>> {
-        let mut request = Request::new(Full::new(body));
+        self.request_with(method, path, to, Full::new(body))
+    }
+
+    /// The same, with a body of another kind.
+    pub fn request_with<B>(&self, method: Method, path: &'static str, to: u64, body: B) -> Request<B> {
+        let mut request = Request::new(body);
         *request.method_mut() = method;
         *request.uri_mut() = hyper::Uri::from_static(path);
         let headers = request.headers_mut();
@@ -216,6 +238,28 @@ impl Identity {
     }
 }
 
+/// Member `id` asks where it belongs. It cannot name its cluster: that is what it asks for.
+pub fn introduction(id: u64, own_urls: &[PeerUrl]) -> Request<Full<Bytes>> {
+    let mut request = Request::new(Full::default());
+    *request.uri_mut() = format!("{INTRODUCE}?id={id}").parse().expect("a path and a number make a URI");
+    let headers = request.headers_mut();
+    headers.insert(HOST, HeaderValue::from_static("raft"));
+    headers.insert(PROTOCOL, VERSION.into());
+    headers.insert(URLS, joined(own_urls));
+    request
+}
+
+/// Who asks with an [`introduction`]: its ID and its URLs.
+pub fn check_introduction<B>(request: &Request<B>) -> Result<(u64, Vec<PeerUrl>), Denied> {
+    let headers = request.headers();
+    if decimal(headers, &PROTOCOL).ok_or(Denied::Malformed("X-Raft-Version"))? != VERSION {
+        return Err(Refusal::Version.into());
+    }
+    let id = request.uri().query().and_then(|query| query.strip_prefix("id=")).and_then(number);
+    let id = id.filter(|id| *id != 0).ok_or(Denied::Malformed("the query is not id=N"))?;
+    Ok((id, urls(headers).ok_or(Denied::Malformed("X-Raft-Peer-URLs"))?))
+}
+
 /// The refusal that a response names, if it is one that a member makes of another.
 pub fn refusal(headers: &HeaderMap) -> Option<Refusal> {
     let token = headers.get(REFUSAL)?;
@@ -233,8 +277,16 @@ fn from_hex(headers: &HeaderMap, name: &HeaderName) -> Option<u64> {
 }
 
 fn decimal(headers: &HeaderMap, name: &HeaderName) -> Option<u64> {
-    let text = headers.get(name)?.to_str().ok()?;
+    number(headers.get(name)?.to_str().ok()?)
+}
+
+fn number(text: &str) -> Option<u64> {
     text.bytes().all(|digit| digit.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+fn joined(urls: &[PeerUrl]) -> HeaderValue {
+    let urls = urls.iter().map(PeerUrl::to_string).collect::<Vec<_>>().join("+");
+    HeaderValue::try_from(urls).expect("a peer URL is ASCII")
 }
 
 fn urls(headers: &HeaderMap) -> Option<Vec<PeerUrl>> {

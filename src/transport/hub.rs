@@ -6,7 +6,9 @@ use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use raft::eraftpb::Message;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use super::frame::{Frame, FrameError};
 use super::handshake::{Caller, Denied, Identity, Refusal};
 use super::peer::{Admission, Peer, PeerStatus};
+use super::snapshot::{self, SnapshotFiles};
 use super::{Event, IO_TIMEOUT, Meeting, Settings, locked, pipeline, probe, stream};
 use crate::cluster::{Member, PeerUrl};
 use crate::metrics::{self, Metrics, Reason};
@@ -33,11 +36,14 @@ pub struct Hub {
     pub stop: CancellationToken,
     pub connections: Arc<Semaphore>,
     pub bodies: Semaphore,
+    pub snapshots: Arc<dyn SnapshotFiles>,
+    /// Held by each snapshot on its way out, and on its way in.
+    pub sending: Arc<Semaphore>,
+    pub receiving: Arc<Semaphore>,
     leader: AtomicU64,
     events: mpsc::Sender<Event>,
     peers: Mutex<BTreeMap<u64, Arc<Peer>>>,
-    /// The nonce that the node has accepted for each peer.
-    met: Mutex<HashMap<u64, u64>>,
+    met: Mutex<Met>,
     /// Held while the node is asked, so that it is asked once.
     meeting: tokio::sync::Mutex<()>,
     unreachable: Mutex<BTreeSet<u64>>,
@@ -45,9 +51,17 @@ pub struct Hub {
     tasks: TaskTracker,
 }
 
+#[derive(Default)]
+struct Met {
+    /// The nonce that the node has accepted for each peer.
+    nonces: HashMap<u64, u64>,
+    /// Counts the peers that were dropped: a verdict from before is worth nothing after.
+    dropped: u64,
+}
+
 impl Hub {
     pub fn new(settings: Settings, events: mpsc::Sender<Event>, stop: CancellationToken) -> Arc<Hub> {
-        let Settings { id, cluster, nonce, boot, urls, metrics } = settings;
+        let Settings { id, cluster, nonce, boot, urls, metrics, snapshots } = settings;
         Arc::new(Hub {
             identity: Identity::new(id, cluster, nonce, &urls),
             boot,
@@ -55,6 +69,9 @@ impl Hub {
             stop,
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             bodies: Semaphore::new(BODY_BYTES_MAX),
+            snapshots,
+            sending: Arc::new(Semaphore::new(snapshot::SENDING_MAX)),
+            receiving: Arc::new(Semaphore::new(snapshot::RECEIVING_MAX)),
             leader: AtomicU64::new(0),
             events,
             peers: Mutex::default(),
@@ -78,6 +95,12 @@ impl Hub {
             // Cancelled or done: both are an end, and neither has an outcome.
             stop.run_until_cancelled(task).await;
         });
+    }
+
+    /// Runs what blocks on a thread of its own. [`Hub::close`] waits for it too: it must end when the task that feeds it
+    /// does.
+    pub fn spawn_blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        self.tasks.spawn_blocking(work)
     }
 
     pub async fn close(&self) {
@@ -125,19 +148,24 @@ impl Hub {
         }
     }
 
-    /// Drops a visitor that nobody can reach any more.
+    /// Drops a peer, listed or not.
     pub fn forget(&self, id: u64) {
         self.remove(&mut locked(&self.peers), id);
     }
 
     fn remove(&self, peers: &mut BTreeMap<u64, Arc<Peer>>, id: u64) {
+        let mut met = locked(&self.met);
+        met.nonces.remove(&id);
+        met.dropped += 1;
+        drop(met);
         let Some(peer) = peers.remove(&id) else { return };
         peer.stop.cancel();
         peer.outbox.close();
-        locked(&self.met).remove(&id);
         let label = metrics::Peer { peer: id };
         self.metrics.peer_sent_bytes.remove(&label);
         self.metrics.peer_received_bytes.remove(&label);
+        self.metrics.peer_snapshot_sent_bytes.remove(&label);
+        self.metrics.peer_snapshot_received_bytes.remove(&label);
         self.metrics.peer_dropped_messages.remove(&label);
         self.metrics.peer_round_trip_seconds.remove(&label);
         self.metrics.peer_clock_drift_seconds.remove(&label);
@@ -158,6 +186,10 @@ impl Hub {
     pub async fn admit(self: &Arc<Self>, caller: Caller) -> Result<Arc<Peer>, Denied> {
         self.meet(caller.id, caller.nonce).await?;
         let mut peers = locked(&self.peers);
+        if !self.has_met(caller.id, caller.nonce) {
+            // Dropped since: the node has another verdict for its next try.
+            return Err(Denied::Busy);
+        }
         if let Some(peer) = peers.get(&caller.id) {
             peer.visit(caller.urls);
             return Ok(peer.clone());
@@ -173,23 +205,22 @@ impl Hub {
 
     /// Whether the node deals with this peer and data directory. Asked once; a refusal is asked again each time.
     pub async fn meet(&self, peer: u64, nonce: u64) -> Result<(), Denied> {
-        let met = || locked(&self.met).get(&peer) == Some(&nonce);
-        if met() {
+        if self.has_met(peer, nonce) {
             return Ok(());
         }
         let _turn = self.meeting.lock().await;
-        if met() {
+        if self.has_met(peer, nonce) {
             return Ok(());
         }
-        let (reply, verdict) = oneshot::channel();
-        let asked = async {
-            self.tell(Event::Meet { peer, nonce, reply }).await;
-            verdict.await
-        };
-        let Ok(Ok(meeting)) = timeout(IO_TIMEOUT, asked).await else { return Err(Denied::Busy) };
-        match meeting {
+        let dropped = locked(&self.met).dropped;
+        match self.ask(|reply| Event::Meet { peer, nonce, reply }).await.ok_or(Denied::Busy)? {
             Meeting::Known => {
-                locked(&self.met).insert(peer, nonce);
+                let mut met = locked(&self.met);
+                if met.dropped != dropped {
+                    // Perhaps this one, and the verdict is from before.
+                    return Err(Denied::Busy);
+                }
+                met.nonces.insert(peer, nonce);
                 Ok(())
             }
             Meeting::OtherNonce => Err(Refusal::OtherNonce.into()),
@@ -198,8 +229,20 @@ impl Hub {
         }
     }
 
+    fn has_met(&self, peer: u64, nonce: u64) -> bool {
+        locked(&self.met).nonces.get(&peer) == Some(&nonce)
+    }
+
     /// Hands a peer's frame to the node, if it is new. Waits while the node is behind.
     pub async fn receive(&self, peer: &Peer, frame: Frame) -> Result<(), FrameError> {
+        if let Some(message) = self.open(peer, frame)? {
+            self.tell(Event::Message(message)).await;
+        }
+        Ok(())
+    }
+
+    /// The message in a peer's frame; `None` for a repeat.
+    pub fn open(&self, peer: &Peer, frame: Frame) -> Result<Option<Message>, FrameError> {
         let Frame { boot, sequence, message } = frame;
         if message.from != peer.id {
             return Err(FrameError::WrongSender(message.from));
@@ -208,13 +251,23 @@ impl Hub {
             return Err(FrameError::WrongReceiver(message.to));
         }
         match peer.admit(boot, sequence) {
-            Admission::New => self.tell(Event::Message(message)).await,
+            Admission::New => Ok(Some(message)),
             Admission::Repeat => {
                 self.metrics.transport_repeats.inc();
+                Ok(None)
             }
-            Admission::OldBoot => return Err(FrameError::OldBoot(boot)),
+            Admission::OldBoot => Err(FrameError::OldBoot(boot)),
         }
-        Ok(())
+    }
+
+    /// Puts a question before the node. `None` if it does not answer in time, though it may have taken the question.
+    pub async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Event) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            self.tell(question(reply)).await;
+            answer.await.ok()
+        };
+        timeout(IO_TIMEOUT, asked).await.ok().flatten()
     }
 
     /// Gives the node an event, and waits while its queue is full.

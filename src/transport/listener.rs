@@ -15,19 +15,19 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::dial::no_delay;
+use super::forward::RECONFIGURE_BYTES_MAX;
 use super::frame::{FRAME_BYTES_MAX, FRAME_OVERHEAD_BYTES, decode_one};
-use super::handshake::{Denied, PIPELINE, PROBING, PROPOSE, REFUSAL, STREAM};
+use super::handshake::{Denied, INTRODUCE, PIPELINE, PROBING, PROPOSE, RECONFIGURE, REFUSAL, SNAPSHOT, STREAM};
 use super::hub::Hub;
 use super::peer::Peer;
 use super::probe::Probe;
 use super::propose::{PROPOSE_BYTES_MAX, decode_proposals, encode_outcomes};
 use super::stream::Outgoing;
-use super::{Event, IO_TIMEOUT};
+use super::{Event, IO_TIMEOUT, introduce, snapshot};
 
 /// For the head of a request; an idle connection that is kept for the next request is closed after it, too.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
@@ -92,8 +92,8 @@ async fn route(
 ) -> Result<Response<Reply>, Denied> {
     let path = request.uri().path();
     let allowed = match path {
-        PIPELINE | PROPOSE => Method::POST,
-        STREAM | PROBING => Method::GET,
+        PIPELINE | PROPOSE | SNAPSHOT | RECONFIGURE => Method::POST,
+        STREAM | PROBING | INTRODUCE => Method::GET,
         _ => return Err(Denied::NotFound),
     };
     if *request.method() != allowed {
@@ -102,6 +102,10 @@ async fn route(
     if path == PROBING {
         // Answered to anyone: it says no more than every refusal does.
         return Ok(probing(hub));
+    }
+    if path == INTRODUCE {
+        // A joiner belongs to no cluster yet.
+        return introduce::answer(hub, &request).await.map(|response| response.map(Reply::Whole));
     }
     let caller = hub.identity.check_request(request.headers())?;
     let peer = hub.admit(caller).await?;
@@ -114,6 +118,8 @@ async fn route(
             Ok(Response::new(Reply::Stream(stream)))
         }
         PROPOSE => propose(hub, &peer, request.into_body()).await,
+        RECONFIGURE => reconfigure(hub, &peer, request.into_body()).await,
+        SNAPSHOT => snapshot::receive(hub, &peer, request.into_body()).await.map(|()| done()),
         _ => message(hub, &peer, request.into_body()).await,
     }
 }
@@ -122,24 +128,30 @@ async fn message(hub: &Hub, peer: &Peer, body: Incoming) -> Result<Response<Repl
     let body = collect(hub, body, FRAME_BYTES_MAX + FRAME_OVERHEAD_BYTES).await?;
     peer.figures.received_bytes.inc_by(body.len() as u64);
     hub.receive(peer, decode_one(&body)?).await?;
+    Ok(done())
+}
+
+fn done() -> Response<Reply> {
     let mut response = Response::new(Reply::Whole(Full::default()));
     *response.status_mut() = StatusCode::NO_CONTENT;
-    Ok(response)
+    response
 }
 
 async fn propose(hub: &Hub, peer: &Peer, body: Incoming) -> Result<Response<Reply>, Denied> {
     let body = collect(hub, body, PROPOSE_BYTES_MAX).await?;
     let proposals = decode_proposals(&body).ok_or(Denied::Malformed("the proposals"))?;
     drop(body);
-    let (reply, outcomes) = oneshot::channel();
-    let asked = async {
-        hub.tell(Event::Propose { from: peer.id, proposals, reply }).await;
-        outcomes.await
-    };
-    match timeout(IO_TIMEOUT, asked).await {
-        Ok(Ok(outcomes)) => Ok(Response::new(Reply::Whole(Full::new(encode_outcomes(&outcomes))))),
-        Ok(Err(_)) | Err(_) => Err(Denied::Unanswered),
-    }
+    let outcomes = hub.ask(|reply| Event::Propose { from: peer.id, proposals, reply }).await;
+    let outcomes = outcomes.ok_or(Denied::Unanswered)?;
+    Ok(Response::new(Reply::Whole(Full::new(encode_outcomes(&outcomes)))))
+}
+
+async fn reconfigure(hub: &Hub, peer: &Peer, body: Incoming) -> Result<Response<Reply>, Denied> {
+    let body = collect(hub, body, RECONFIGURE_BYTES_MAX).await?;
+    let answer = hub.ask(|reply| Event::Reconfigure { from: peer.id, body, reply }).await;
+    let mut response = Response::new(Reply::Whole(Full::new(answer.ok_or(Denied::Unanswered)?)));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok(response)
 }
 
 fn probing(hub: &Hub) -> Response<Reply> {
@@ -178,10 +190,15 @@ fn refuse(denied: &Denied) -> Response<Reply> {
             headers.insert(ALLOW, allowed);
         }
         // Who sends this is broken, and so may be what follows.
-        Denied::Frame(_) | Denied::Malformed(_) | Denied::TooLarge => {
+        Denied::Frame(_)
+        | Denied::Malformed(_)
+        | Denied::TooLarge
+        | Denied::SnapshotDamaged
+        | Denied::SnapshotMismatch
+        | Denied::SnapshotNotStored => {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        Denied::NotFound | Denied::Refused(_) | Denied::Busy | Denied::Unanswered => {}
+        Denied::NotFound | Denied::Refused(_) | Denied::NotIntroduced(_) | Denied::Busy | Denied::Unanswered => {}
     }
     response
 }

@@ -6,21 +6,25 @@
 //! ```text
 //! node ── send ──▶ outbox ──▶ stream (a response that never ends) or pipeline (POST) ──▶ peer
 //! node ◀─ events ─ receive ◀── stream (our GET) or listener (its POST)              ◀── peer
+//! file ── snapshot/send ──▶ a POST of its own ──▶ snapshot/receive ──▶ file
 //! ```
 //!
-//! Reading order: `handshake`, `frame`, `outbox`, `stream`, `listener`; then `hub` and `peer`, which hold the state
-//! that these share.
+//! Reading order: `handshake`, `frame`, `outbox`, `stream`, `listener`, `snapshot`; then `hub` and `peer`, which hold the
+//! state that these share.
 
 mod dial;
+mod forward;
 mod frame;
 mod handshake;
 mod hub;
+mod introduce;
 mod listener;
 mod outbox;
 mod peer;
 mod pipeline;
 mod probe;
 mod propose;
+mod snapshot;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -35,10 +39,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+pub use self::forward::{ProposeError, RECONFIGURE_BYTES_MAX};
 pub use self::frame::{FRAME_BYTES_MAX, FRAME_ENTRIES_MAX, FRAME_OVERHEAD_BYTES};
 pub use self::handshake::Refusal;
+pub use self::introduce::{IntroduceError, Introduction, introduce};
 pub use self::peer::PeerStatus;
-pub use self::propose::{PROPOSE_BYTES_MAX, Position, ProposeError};
+pub use self::propose::{PROPOSE_BYTES_MAX, Position};
+pub use self::snapshot::{NoSnapshots, SnapshotFiles, SnapshotProgress, SnapshotSink};
 use crate::channel::{Rejection, RequestId};
 use crate::cluster::{Member, PeerUrl};
 use crate::metrics::Metrics;
@@ -56,6 +63,7 @@ pub struct Settings {
     pub boot: u64,
     pub urls: Vec<PeerUrl>,
     pub metrics: Arc<Metrics>,
+    pub snapshots: Arc<dyn SnapshotFiles>,
 }
 
 /// What the transport tells the node. The channel is bounded and the transport waits when it is full: peers then wait
@@ -70,6 +78,16 @@ pub enum Event {
     Message(Message),
     /// Writes that member `from` forwards to the leader. To drop `reply` is to say that the outcome is unknown.
     Propose { from: u64, proposals: Vec<(RequestId, Bytes)>, reply: oneshot::Sender<Vec<Result<Position, Rejection>>> },
+    /// A change of the members that member `from` forwards to the leader, opaque here as its answer is, of at most
+    /// [`RECONFIGURE_BYTES_MAX`] bytes. To drop `reply` is to say that the outcome is unknown.
+    Reconfigure { from: u64, body: Bytes, reply: oneshot::Sender<Bytes> },
+    /// A snapshot from a proven sender: its file is verified and durable, and the message says where raft is to go.
+    Snapshot { message: Message },
+    /// How a [`Transport::send_snapshot`] ended, once for each.
+    SnapshotSent { peer: u64, delivered: bool },
+    /// Who says to be member `id`, at these URLs, asks where it belongs. Nothing of it is proven. To drop `reply` makes it
+    /// ask again.
+    Introduce { id: u64, urls: Vec<PeerUrl>, reply: oneshot::Sender<Introduction> },
     /// The first contact with a peer's data directory: it is dealt with once the node has recorded it durably and
     /// answered [`Meeting::Known`]. Asked again until then.
     Meet { peer: u64, nonce: u64, reply: oneshot::Sender<Meeting> },
@@ -131,7 +149,11 @@ impl Transport {
                     let dropped = peer.outbox.push(group);
                     self.hub.lost(&peer, dropped);
                 }
-                None => tracing::debug!(to, messages = group.count(), "dropped messages to a member without address"),
+                None => {
+                    // Outside of the log line, which may not be evaluated: they are taken all the same.
+                    let messages = group.count();
+                    tracing::debug!(to, messages, "dropped messages to a member without address");
+                }
             }
         }
     }
@@ -143,7 +165,24 @@ impl Transport {
         proposals: Vec<(RequestId, Bytes)>,
     ) -> impl Future<Output = Result<Vec<Result<Position, Rejection>>, ProposeError>> + Send + use<> {
         let hub = self.hub.clone();
-        async move { propose::propose(&hub, leader, &proposals).await }
+        async move { forward::propose(&hub, leader, &proposals).await }
+    }
+
+    /// Forwards a membership change to the leader, for its answer. At most [`RECONFIGURE_BYTES_MAX`] bytes both ways.
+    pub fn reconfigure(
+        &self,
+        leader: u64,
+        body: Bytes,
+    ) -> impl Future<Output = Result<Bytes, ProposeError>> + Send + use<> {
+        let hub = self.hub.clone();
+        async move { forward::reconfigure(&hub, leader, body).await }
+    }
+
+    /// Sends the snapshot file that a MsgSnapshot names by its metadata, and the message ahead of it. It ends with
+    /// [`Event::SnapshotSent`], unless the transport does. One at a time for each peer, four in all; another is refused.
+    /// Asserts that the message is one, without data.
+    pub fn send_snapshot(&self, message: Message) {
+        snapshot::send(&self.hub, message);
     }
 
     /// The leader that peers are told of from now on, 0 for none.
@@ -151,10 +190,16 @@ impl Transport {
         self.hub.set_leader(leader);
     }
 
-    /// Makes `peers` the members to connect to: starts what is new, dials changed addresses, drops who was a member and
-    /// is none now. Who introduced itself but was never listed stays.
+    /// Makes `peers` the members to connect to: starts what is new, cuts what leads to an old address and dials the new
+    /// one, drops who was a member and is none now. Who introduced itself but was never listed stays.
     pub fn set_peers(&self, peers: Vec<Member>) {
         self.hub.set_peers(peers);
+    }
+
+    /// Cuts all connections with a member, listed or not, and forgets the verdict over it: the node is asked again when it
+    /// comes back. For removed members that were never in [`Transport::set_peers`], as after a snapshot.
+    pub fn drop_peer(&self, id: u64) {
+        self.hub.forget(id);
     }
 
     /// All peers, by ID.

@@ -38,7 +38,7 @@ struct Queues {
     urgent: VecDeque<Message>,
     bulk: VecDeque<Message>,
     bytes: usize,
-    /// Of the last message that was taken out; the first is 1.
+    /// Of the last message that was numbered; the first is 1.
     sequence: u64,
     /// Counts the streams that were attached; only the newest is served.
     generation: u64,
@@ -159,6 +159,13 @@ impl Outbox {
         }
         let (message, _) = queues.pop()?;
         Some((queues.sequence, message))
+    }
+
+    /// The number of a message that goes another way, the snapshot's.
+    pub fn next_sequence(&self) -> u64 {
+        let mut queues = self.lock();
+        queues.sequence += 1;
+        queues.sequence
     }
 
     /// Drops all that waits and cuts the stream: the peer is gone for good.

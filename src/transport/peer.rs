@@ -1,5 +1,5 @@
 //! One peer: where it is, what waits for it, what was heard from it. Plain state; the tasks that work on it are in
-//! `stream`, `pipeline`, `probe` and `propose`.
+//! `stream`, `pipeline`, `probe`, `forward` and `snapshot`.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,14 +14,15 @@ use tokio_util::sync::CancellationToken;
 use super::handshake::Refusal;
 use super::locked;
 use super::outbox::Outbox;
+use super::snapshot::{SnapshotProgress, Transfers};
 use crate::cluster::PeerUrl;
 use crate::metrics::{self, Metrics};
 use crate::window::{Seen, Window};
 
 /// Frames that may come out of order, by the pipeline beside the stream, and still be told from repeats.
 const WINDOW_FRAMES: usize = 8192;
-/// Requests of ours with proposals that one peer works on at once; further ones wait.
-const PROPOSALS_MAX: usize = 8;
+/// Forwarded requests of ours that one peer works on at once; further ones wait.
+const FORWARDED_MAX: usize = 8;
 /// After a failed connection, requests other than the stream's fail at once for this long: with the stream's own tries
 /// a dead peer is dialled at most 10 times a second.
 const DIAL_PAUSE: Duration = Duration::from_millis(200);
@@ -33,7 +34,10 @@ pub struct Peer {
     pub knocked: Notify,
     /// Connections that wait for the next request.
     pub idle: Mutex<Vec<SendRequest<Full<bytes::Bytes>>>>,
-    pub proposals: Semaphore,
+    pub forwarding: Semaphore,
+    /// Held by the one snapshot that is on its way to this peer.
+    pub sending: Arc<Semaphore>,
+    pub snapshots: Transfers,
     pub figures: Figures,
     /// Ends all that belongs to this peer.
     pub stop: CancellationToken,
@@ -49,12 +53,16 @@ struct Place {
     /// Known only from its own introduction.
     visitor: bool,
     no_dial_before: Option<Instant>,
+    /// Ends the connections to these URLs.
+    connections: CancellationToken,
 }
 
 /// Figures that are counted often, looked up once.
 pub struct Figures {
     pub sent_bytes: Counter,
     pub received_bytes: Counter,
+    pub snapshot_sent_bytes: Counter,
+    pub snapshot_received_bytes: Counter,
     pub dropped_messages: Counter,
 }
 
@@ -95,6 +103,8 @@ pub struct PeerStatus {
     pub clock_drift_seconds: Option<f64>,
     pub queued_messages: usize,
     pub queued_bytes: usize,
+    /// The snapshot that is on its way to or from it.
+    pub snapshot: Option<SnapshotProgress>,
     pub last_error: Option<String>,
 }
 
@@ -106,14 +116,24 @@ impl Peer {
             outbox: Outbox::default(),
             knocked: Notify::new(),
             idle: Mutex::default(),
-            proposals: Semaphore::new(PROPOSALS_MAX),
+            forwarding: Semaphore::new(FORWARDED_MAX),
+            sending: Arc::new(Semaphore::new(1)),
+            snapshots: Transfers::default(),
             figures: Figures {
                 sent_bytes: metrics.peer_sent_bytes.get_or_create(&label).clone(),
                 received_bytes: metrics.peer_received_bytes.get_or_create(&label).clone(),
+                snapshot_sent_bytes: metrics.peer_snapshot_sent_bytes.get_or_create(&label).clone(),
+                snapshot_received_bytes: metrics.peer_snapshot_received_bytes.get_or_create(&label).clone(),
                 dropped_messages: metrics.peer_dropped_messages.get_or_create(&label).clone(),
             },
+            place: Mutex::new(Place {
+                urls: urls.into(),
+                preferred: 0,
+                visitor,
+                no_dial_before: None,
+                connections: stop.child_token(),
+            }),
             stop,
-            place: Mutex::new(Place { urls: urls.into(), preferred: 0, visitor, no_dial_before: None }),
             heard: Mutex::default(),
             state: Mutex::default(),
         }
@@ -123,15 +143,31 @@ impl Peer {
     pub fn list(&self, urls: Vec<PeerUrl>) {
         let mut place = locked(&self.place);
         place.visitor = false;
-        place.move_to(urls, &self.knocked);
+        self.move_to(&mut place, urls);
     }
 
     /// The peer named these URLs itself. They count until it is listed: the log knows better than a flag.
     pub fn visit(&self, urls: Vec<PeerUrl>) {
         let mut place = locked(&self.place);
         if place.visitor {
-            place.move_to(urls, &self.knocked);
+            self.move_to(&mut place, urls);
         }
+    }
+
+    fn move_to(&self, place: &mut Place, urls: Vec<PeerUrl>) {
+        if *place.urls == *urls {
+            return;
+        }
+        (place.urls, place.preferred, place.no_dial_before) = (urls.into(), 0, None);
+        // Whoever answers at the old address now may be anyone.
+        std::mem::replace(&mut place.connections, self.stop.child_token()).cancel();
+        locked(&self.idle).clear();
+        self.knocked.notify_one();
+    }
+
+    /// Cancelled when the peer moves or is gone: ends what was connected by what [`Peer::urls`] said after this call.
+    pub fn place(&self) -> CancellationToken {
+        locked(&self.place).connections.clone()
     }
 
     pub fn is_visitor(&self) -> bool {
@@ -230,16 +266,8 @@ impl Peer {
             clock_drift_seconds: state.clock_drift_seconds,
             queued_messages,
             queued_bytes,
+            snapshot: self.snapshots.progress(),
             last_error: state.last_error.clone(),
-        }
-    }
-}
-
-impl Place {
-    fn move_to(&mut self, urls: Vec<PeerUrl>, knocked: &Notify) {
-        if *self.urls != *urls {
-            (self.urls, self.preferred, self.no_dial_before) = (urls.into(), 0, None);
-            knocked.notify_one();
         }
     }
 }

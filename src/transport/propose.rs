@@ -1,5 +1,5 @@
-//! Writes that a follower forwards to the leader, and what came of them: the encoding of `POST /raft/propose`, and our
-//! end of it as a follower. It never repeats a request: who knows the deadline does.
+//! Writes that a follower forwards to the leader, and what came of them: the encoding of `POST /raft/propose`. Pure;
+//! `forward` sends it and `listener` answers.
 //!
 //! ```text
 //! request   version u8 = 1, count u32, then for each:
@@ -15,13 +15,7 @@
 //! Numbers are big-endian but for the RequestId, which has the same bytes wherever it is written.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use hyper::{Method, StatusCode};
-use tokio::time::timeout;
 
-use super::IO_TIMEOUT;
-use super::dial::{ExchangeError, exchange};
-use super::handshake::PROPOSE;
-use super::hub::Hub;
 use crate::channel::{Rejection, RequestId};
 
 /// The longest body of a request.
@@ -37,52 +31,11 @@ pub struct Position {
     pub index: u64,
 }
 
-/// Why the leader's answer is not there.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ProposeError {
-    /// The leader surely did not take the proposals.
-    #[error("not sent to the leader: {0}")]
-    NotSent(String),
-    /// It may have.
-    #[error("no answer from the leader: {0}")]
-    Unknown(String),
-}
-
 /// A proposal's fate at the leader.
 pub type Outcome = Result<Position, Rejection>;
 
-/// Sends proposals to the leader and waits for their outcome.
-pub async fn propose(hub: &Hub, leader: u64, proposals: &[(RequestId, Bytes)]) -> Result<Vec<Outcome>, ProposeError> {
-    let Some(peer) = hub.peer(leader) else {
-        return Err(ProposeError::NotSent(format!("member {leader} has no address")));
-    };
-    let body = encode_proposals(proposals);
-    let turn = timeout(IO_TIMEOUT, peer.proposals.acquire()).await;
-    let Ok(Ok(_turn)) = turn else {
-        return Err(ProposeError::NotSent("too many requests wait for the leader".to_owned()));
-    };
-    let request = hub.identity.request(Method::POST, PROPOSE, leader, body);
-    let exchanged = peer.stop.run_until_cancelled(exchange(hub, &peer, request)).await;
-    let answer = match exchanged {
-        Some(Ok(answer)) => answer,
-        Some(Err(ExchangeError::NotSent(error))) => return Err(ProposeError::NotSent(error)),
-        Some(Err(ExchangeError::Lost(error))) => return Err(ProposeError::Unknown(error)),
-        None => return Err(ProposeError::Unknown("the connection was closed".to_owned())),
-    };
-    match answer.response.status() {
-        StatusCode::OK => match decode_outcomes(answer.response.body()) {
-            Some(outcomes) if outcomes.len() == proposals.len() => Ok(outcomes),
-            _ => Err(ProposeError::Unknown("the answer is malformed".to_owned())),
-        },
-        // Every refusal of a peer's is made before the node sees the proposals.
-        status if status.is_client_error() || status == StatusCode::SERVICE_UNAVAILABLE => {
-            Err(ProposeError::NotSent(answer.failure()))
-        }
-        _ => Err(ProposeError::Unknown(answer.failure())),
-    }
-}
-
-fn encode_proposals(proposals: &[(RequestId, Bytes)]) -> Bytes {
+/// Asserts that the proposals fit [`PROPOSE_BYTES_MAX`].
+pub fn encode_proposals(proposals: &[(RequestId, Bytes)]) -> Bytes {
     let commands: usize = proposals.iter().map(|(_, command)| PROPOSAL_OVERHEAD_BYTES + command.len()).sum();
     let size = 5 + commands;
     assert!(size <= PROPOSE_BYTES_MAX, "{} proposals of {size} bytes do not fit a request", proposals.len());
@@ -133,7 +86,8 @@ pub fn encode_outcomes(outcomes: &[Outcome]) -> Bytes {
     body.freeze()
 }
 
-fn decode_outcomes(mut body: &[u8]) -> Option<Vec<Outcome>> {
+/// `None` for anything that [`encode_outcomes`] does not make.
+pub fn decode_outcomes(mut body: &[u8]) -> Option<Vec<Outcome>> {
     let count = count(&mut body)?;
     let mut outcomes = Vec::with_capacity(count.min(body.len()));
     for _ in 0..count {

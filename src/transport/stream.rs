@@ -116,7 +116,8 @@ pub async fn pull(hub: Arc<Hub>, peer: Arc<Peer>) {
     loop {
         pace.admit().await;
         let start = Instant::now();
-        let (standing, error) = match read(&hub, &peer).await {
+        let reading = peer.place().run_until_cancelled_owned(read(&hub, &peer)).await;
+        let (standing, error) = match reading.unwrap_or_else(|| End::Broke("the peer moved".to_owned())) {
             End::Unopened(error) => (Standing::Unreachable, error),
             End::Refused(refusal) => {
                 hub.count_refused(refusal.token());

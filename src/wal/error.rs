@@ -25,6 +25,17 @@ pub enum Error {
         log.display()
     )]
     IdentityMissing { identity: PathBuf, log: PathBuf },
+    #[error(
+        "{} holds no snapshot that this log, which begins behind entry {index}, can go on from; restore that directory \
+         from a backup, or, if this is a member of a cluster that has a quorum without it, remove the member and add it \
+         anew with an empty data directory",
+        dir.display()
+    )]
+    SnapshotMissing { dir: PathBuf, index: u64 },
+    #[error("the snapshot that came is damaged at byte {offset}: {why}; it was thrown away and has to be sent again")]
+    BadIncoming { offset: u64, why: String },
+    #[error("write the state into a snapshot: {0}")]
+    Image(std::io::Error),
     #[error("a log record of {bytes} bytes does not fit a frame of {max} bytes; raise the segment size")]
     RecordTooLarge { bytes: u64, max: u64 },
     #[error("the log stopped at an earlier error; restart the server")]

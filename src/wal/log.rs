@@ -32,6 +32,8 @@ pub struct Wal {
     frame: Vec<u8>,
     /// The highest index of an entry in `frame`.
     frame_last_index: u64,
+    /// Behind a snapshot in `frame` the log begins anew.
+    frame_restarts: bool,
     kept: Kept,
     stopped: bool,
     pub(super) counts: Arc<Counts>,
@@ -53,6 +55,7 @@ struct Kept {
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     pub(super) segments: AtomicU64,
+    pub(super) segments_bytes: AtomicU64,
     pub(super) active_bytes: AtomicU64,
     pub(super) active_room_bytes: AtomicU64,
     pub(super) syncs: AtomicU64,
@@ -136,12 +139,13 @@ impl Wal {
         let spare = Arc::new(Spare::find(disk.clone(), options, metrics.clone())?);
         let (replay, sequence) = (found.replay, found.next_sequence);
         let last_index = replay.last_index();
+        let hard_state = replay.hard_state();
         let founders = replay.founders.expect("recovery refuses a log without its founding");
         let base = replay.base.expect("recovery refuses a log without a beginning");
         let kept = Kept {
             founders: founders.clone(),
             boot: now_micros.max(replay.boot.saturating_add(1)),
-            hard_state: Some(replay.hard_state.clone()),
+            hard_state: Some(hard_state.clone()),
             nonces: replay.nonces.clone(),
             base,
             last_index,
@@ -154,7 +158,7 @@ impl Wal {
         let recovered = Recovered {
             founders,
             boot: wal.kept.boot,
-            hard_state: replay.hard_state,
+            hard_state,
             entries: replay.entries,
             nonces: replay.nonces,
             compacted: Some(base).filter(|base| *base != replay::FOUNDING),
@@ -177,7 +181,7 @@ impl Wal {
     ) -> Wal {
         let options = options.clone();
         let (frame, counts) = (Vec::new(), Arc::default());
-        let (frame_last_index, stopped) = (0, false);
+        let (frame_last_index, frame_restarts, stopped) = (0, false, false);
         let wal = Wal {
             disk,
             options,
@@ -188,6 +192,7 @@ impl Wal {
             next_sequence,
             frame,
             frame_last_index,
+            frame_restarts,
             kept,
             stopped,
             counts,
@@ -197,10 +202,17 @@ impl Wal {
     }
 
     /// Remembers all of it, durable when this returns: in one frame with one sync, or, where that would be longer than
-    /// a frame can be, in several, each synced before the next. After an error nothing of it may be acknowledged, and
-    /// every later call fails.
+    /// a frame can be, in several, each synced before the next. Where a snapshot took the place of the log, the segments
+    /// before it are freed once all of it is durable. After an error nothing of it may be acknowledged, and every later
+    /// call fails.
     pub fn append(&mut self, batch: &[Append]) -> Result<(), Error> {
-        self.run(|wal| wal.append_batch(batch))
+        self.run(|wal| {
+            wal.append_batch(batch)?;
+            match batch.iter().filter_map(|append| append.snapshot).next_back() {
+                Some((index, _)) => wal.free(index),
+                None => Ok(()),
+            }
+        })
     }
 
     /// Says that the entries up to `index`, whose term is `term`, are no longer needed, durable when this returns; then
@@ -243,6 +255,9 @@ impl Wal {
     fn append_batch(&mut self, batch: &[Append]) -> Result<(), Error> {
         self.begin();
         for append in batch {
+            if let Some((index, term)) = append.snapshot {
+                self.restart_behind(index, term)?;
+            }
             // The entries first, as etcd has it: a commit index is never durable before the entry that it names.
             for entry in &append.entries {
                 self.make_room(record::entry_bytes(entry))?;
@@ -270,22 +285,42 @@ impl Wal {
         self.frame_last_index = self.frame_last_index.max(index);
     }
 
+    /// A snapshot takes the place of the whole log, entries above its index included: they were not of this history.
+    fn restart_behind(&mut self, index: u64, term: u64) -> Result<(), Error> {
+        let (base, commit) = (self.kept.base.0, self.kept.hard_state.as_ref().map_or(0, |state| state.commit));
+        assert!(base.max(commit) <= index, "a snapshot at {index} of a log from {base} with {commit} committed");
+        self.kept.base = (index, term);
+        self.kept.last_index = index;
+        self.put_base()?;
+        self.frame_last_index = 0;
+        self.frame_restarts = true;
+        Ok(())
+    }
+
     fn write_compaction(&mut self, index: u64, term: u64) -> Result<(), Error> {
         self.kept.base = (index, term);
         self.kept.last_index = self.kept.last_index.max(index);
         self.begin();
-        let (frame, kept) = (&mut self.frame, &self.kept);
-        record::put_founding(frame, &kept.founders);
-        record::put_boot(frame, kept.boot);
+        self.put_base()?;
+        self.flush()
+    }
+
+    /// Puts all that recovery needs, besides entries, into one frame: the segments before it can then go.
+    fn put_base(&mut self) -> Result<(), Error> {
+        let (mut records, kept) = (Vec::new(), &self.kept);
+        record::put_founding(&mut records, &kept.founders);
+        record::put_boot(&mut records, kept.boot);
         // Before the hard state: what that has committed is then in the log, or compacted away.
-        record::put_compacted(frame, index, term, kept.last_index);
+        record::put_compacted(&mut records, kept.base.0, kept.base.1, kept.last_index);
         if let Some(state) = &kept.hard_state {
-            record::put_hard_state(frame, state);
+            record::put_hard_state(&mut records, state);
         }
         for (member, nonce) in &kept.nonces {
-            record::put_nonce(frame, *member, *nonce);
+            record::put_nonce(&mut records, *member, *nonce);
         }
-        self.flush()
+        self.make_room(records.len())?;
+        self.frame.extend_from_slice(&records);
+        Ok(())
     }
 
     fn free(&mut self, index: u64) -> Result<(), Error> {
@@ -302,6 +337,7 @@ impl Wal {
     fn begin(&mut self) {
         record::begin_frame(&mut self.frame);
         self.frame_last_index = 0;
+        self.frame_restarts = false;
     }
 
     /// Makes sure that a record still fits the frame, which may write what the frame has so far.
@@ -335,6 +371,10 @@ impl Wal {
             self.active.publish(self.disk.as_ref(), &self.options.dir)?;
         }
         self.metrics.wal_fsync_seconds.observe(started.elapsed().as_secs_f64());
+        if self.frame_restarts {
+            self.closed.iter_mut().for_each(|before| before.last_index = 0);
+            self.active.last_index = 0;
+        }
         self.active.last_index = self.active.last_index.max(self.frame_last_index);
         self.next_sequence += 1;
         self.count_write(self.frame.len());
@@ -347,7 +387,7 @@ impl Wal {
         let (id, sequence) = (self.active.header.id, self.next_sequence);
         let next = Segment::draft(disk, dir, self.spare.take()?, self.options.segment_bytes, id + 1, sequence)?;
         let full = std::mem::replace(&mut self.active, next);
-        self.closed.push_back(Closed { id, last_index: full.last_index });
+        self.closed.push_back(Closed { id, last_index: full.last_index, size_bytes: full.size_bytes });
         Ok(())
     }
 
@@ -361,6 +401,8 @@ impl Wal {
     fn count_room(&self) {
         let segments = self.closed.len() as u64 + 1;
         self.counts.segments.store(segments, Ordering::Relaxed);
+        let closed_bytes: u64 = self.closed.iter().map(|closed| closed.size_bytes).sum();
+        self.counts.segments_bytes.store(closed_bytes + self.active.size_bytes, Ordering::Relaxed);
         self.metrics.wal_segments.set(i64::try_from(segments).expect("a count of files"));
         self.counts.active_bytes.store(self.active.tail, Ordering::Relaxed);
         self.counts.active_room_bytes.store(self.active.room_bytes(), Ordering::Relaxed);

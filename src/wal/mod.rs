@@ -4,18 +4,20 @@
 //!
 //! Called by `server`, which opens it, and by `node`, through the thread in [`writer`]. Byte maps: `docs/formats.md`.
 //! Reading order: `record` (what the bytes mean), `segment` (where they lie), `log` (how they are written), `recovery`
-//! (how they are read back).
+//! (how they are read back); then [`snapshot`] (what stands in for the entries that were let go).
 
 pub mod disk;
 #[doc(hidden)]
 pub mod disk_memory;
 mod error;
 pub mod identity;
+mod image;
 mod log;
 pub mod record;
 mod recovery;
 mod replay;
 mod segment;
+pub mod snapshot;
 mod spare;
 #[cfg(test)]
 mod tests;
@@ -44,6 +46,9 @@ pub struct Options {
 #[derive(Debug, Clone, Default)]
 pub struct Append {
     pub number: u64,
+    /// Index and term of a snapshot that was installed, and is durable itself: the log is given up as a whole and begins
+    /// anew behind it, with the entries of this append if there are any.
+    pub snapshot: Option<(u64, u64)>,
     /// Contiguous, and at most one above the last entry of the log; they replace what is there from the first on.
     pub entries: Vec<Entry>,
     pub hard_state: Option<HardState>,
@@ -56,7 +61,8 @@ impl Append {
     pub fn size_bytes(&self) -> u64 {
         let entries: usize = self.entries.iter().map(record::entry_bytes).sum();
         let state = self.hard_state.as_ref().map_or(0, |_| record::HARD_STATE_BYTES);
-        (entries + state + self.nonces.len() * record::NONCE_BYTES) as u64
+        let snapshot = self.snapshot.map_or(0, |_| record::COMPACTED_BYTES);
+        (snapshot + entries + state + self.nonces.len() * record::NONCE_BYTES) as u64
     }
 }
 
@@ -66,11 +72,12 @@ pub struct Recovered {
     pub founders: Vec<Member>,
     /// The number of this start, above that of every earlier one; durable.
     pub boot: u64,
+    /// What was compacted away is committed here, even where a commit index that said so was not durable yet.
     pub hard_state: HardState,
     /// Contiguous, from index 2 on, or from the one after `compacted`.
     pub entries: Vec<Entry>,
     pub nonces: BTreeMap<u64, u64>,
-    /// Index and term of the last entry that was compacted away, if any was.
+    /// Index and term of the last entry that was compacted away, or that an installed snapshot stands for.
     pub compacted: Option<(u64, u64)>,
     /// Bytes of a torn last write that were cut; nobody had been told of them.
     pub cut_bytes: u64,

@@ -41,6 +41,7 @@ pub enum Record {
         nonce: u64,
     },
     /// Entries up to `index` (whose term is `term`) are no longer needed; the log holds what lies above it, up to `last`.
+    /// Where `last` is `index`, a snapshot took the place of the whole log.
     Compacted {
         index: u64,
         term: u64,
@@ -120,6 +121,8 @@ pub fn entry_bytes(entry: &Entry) -> usize {
 pub const HARD_STATE_BYTES: usize = RECORD_HEADER_BYTES + 24;
 /// Bytes that [`put_nonce`] adds.
 pub const NONCE_BYTES: usize = RECORD_HEADER_BYTES + 16;
+/// Bytes that [`put_compacted`] adds.
+pub const COMPACTED_BYTES: usize = RECORD_HEADER_BYTES + 24;
 
 pub fn put_entry(out: &mut Vec<u8>, entry: &Entry) {
     put_header(out, ENTRY, entry_bytes(entry) - RECORD_HEADER_BYTES);

@@ -15,8 +15,9 @@ use super::segment::{self, BadHeader, HEADER_BYTES, Header, Segment};
 #[derive(Debug)]
 pub struct Closed {
     pub id: u64,
-    /// The highest index of an entry in it, 0 where there is none.
+    /// The highest index of an entry in it that is still needed, 0 where there is none.
     pub last_index: u64,
+    pub size_bytes: u64,
 }
 
 /// A log as it was found.
@@ -38,7 +39,10 @@ struct Scan {
     tail: usize,
     last_frame: Option<usize>,
     next_sequence: u64,
+    /// The highest index of an entry that is still needed.
     last_index: u64,
+    /// A snapshot took the place of the log before it.
+    restarted: bool,
 }
 
 pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
@@ -52,7 +56,7 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
         return Err(corrupt(&segment::path(dir, pair[0] + 1), 0, "this segment, in the middle of the log, is missing"));
     }
     let mut replay = Replay::new(first == 1);
-    let mut closed = VecDeque::new();
+    let mut closed: VecDeque<Closed> = VecDeque::new();
     let mut previous: Option<(PathBuf, Scan)> = None;
     for id in ids {
         let path = segment::path(dir, id);
@@ -67,8 +71,11 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             return Err(corrupt(path, scan.tail, why));
         }
         let scan = scan(&path, &bytes, &header, &mut replay)?;
+        if scan.restarted {
+            closed.iter_mut().for_each(|before| before.last_index = 0);
+        }
         if id != last {
-            closed.push_back(Closed { id, last_index: scan.last_index });
+            closed.push_back(Closed { id, last_index: scan.last_index, size_bytes: bytes.len() as u64 });
             previous = Some((path, scan));
             continue;
         }
@@ -124,7 +131,8 @@ fn header(path: &Path, bytes: &[u8], id: u64) -> Result<Header, Error> {
 fn scan(path: &Path, bytes: &[u8], header: &Header, replay: &mut Replay) -> Result<Scan, Error> {
     let seed = header.frame_seed();
     let tail = bytes.len().min(HEADER_BYTES as usize);
-    let mut scan = Scan { tail, last_frame: None, next_sequence: header.first_sequence, last_index: 0 };
+    let mut scan =
+        Scan { tail, last_frame: None, next_sequence: header.first_sequence, last_index: 0, restarted: false };
     while let Some(frame) = read_frame(&bytes[scan.tail..], seed) {
         if frame.sequence != scan.next_sequence {
             let why = format!("frame {} where {} should be", frame.sequence, scan.next_sequence);
@@ -134,6 +142,9 @@ fn scan(path: &Path, bytes: &[u8], header: &Header, replay: &mut Replay) -> Resu
             let record = record.map_err(|why| corrupt(path, scan.tail, why.to_string()))?;
             if let Record::Entry(entry) = &record {
                 scan.last_index = scan.last_index.max(entry.index);
+            }
+            if Replay::restarts_at(&record) {
+                (scan.last_index, scan.restarted) = (0, true);
             }
             replay.apply(record).map_err(|why| corrupt(path, scan.tail, why))?;
         }

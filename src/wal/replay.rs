@@ -76,6 +76,18 @@ impl Replay {
         Ok(())
     }
 
+    /// Whether a record says that nothing before it is needed any more, not even entries above its index.
+    pub fn restarts_at(record: &Record) -> bool {
+        matches!(record, Record::Compacted { index, last, .. } if last == index)
+    }
+
+    /// The hard state, with all that was compacted away committed: that may be durable before the commit index is.
+    pub fn hard_state(&self) -> HardState {
+        let mut state = self.hard_state.clone();
+        state.commit = state.commit.max(self.base.filter(|base| *base != FOUNDING).map_or(0, |(index, _)| index));
+        state
+    }
+
     pub fn last_index(&self) -> u64 {
         self.entries.last().map_or(self.base.map_or(0, |(index, _)| index), |entry| entry.index)
     }

@@ -121,7 +121,7 @@ pub struct Segment {
     pub tail: u64,
     /// Up to where zeros (or frames of an earlier life) were really written.
     written: u64,
-    /// The highest index of an entry in it, 0 where there is none.
+    /// The highest index of an entry in it that is still needed, 0 where there is none.
     pub last_index: u64,
 }
 

@@ -153,6 +153,11 @@ impl Spare {
         if *self.lock() == State::Ready { self.segment_bytes - HEADER_BYTES } else { 0 }
     }
 
+    /// What a spare that is ready takes on the disk.
+    pub fn disk_bytes(&self) -> u64 {
+        if *self.lock() == State::Ready { self.segment_bytes } else { 0 }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of the lock panics")
     }

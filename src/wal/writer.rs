@@ -37,6 +37,8 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Status {
     pub segments: u64,
+    /// What they and the spare take on the disk.
+    pub disk_bytes: u64,
     /// Used in the segment that is written to.
     pub active_bytes: u64,
     /// Left in that segment and in the spare.
@@ -51,6 +53,10 @@ pub struct Status {
 
 enum Work {
     Append(Append),
+    Compact {
+        index: u64,
+        term: u64,
+    },
     /// The room may have changed.
     Room,
     Close,
@@ -88,6 +94,12 @@ impl Writer {
         self.send(Work::Append(append));
     }
 
+    /// Queues a compaction behind the appends so far, see [`Wal::compact`]; never waits. A snapshot at `index` or above
+    /// must be durable before.
+    pub fn compact(&self, index: u64, term: u64) {
+        self.send(Work::Compact { index, term });
+    }
+
     /// Bytes handed over and not durable yet.
     pub fn queued_bytes(&self) -> u64 {
         self.queued_bytes.load(Ordering::Relaxed)
@@ -97,6 +109,7 @@ impl Writer {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Status {
             segments: get(&self.counts.segments),
+            disk_bytes: get(&self.counts.segments_bytes) + self.spare.disk_bytes(),
             active_bytes: get(&self.counts.active_bytes),
             room_bytes: get(&self.counts.active_room_bytes) + self.spare.room_bytes(),
             queued_bytes: self.queued_bytes(),
@@ -131,6 +144,13 @@ impl Drop for Writer {
     }
 }
 
+/// What follows a batch of appends.
+enum Then {
+    Nothing,
+    Compact { index: u64, term: u64 },
+    Close,
+}
+
 struct Task {
     wal: Wal,
     queue: Receiver<Work>,
@@ -148,8 +168,8 @@ impl Task {
         let mut asked = 0;
         while !closing {
             batch.clear();
-            let (taken_bytes, close) = self.take(&mut batch);
-            closing = close;
+            let (taken_bytes, then) = self.take(&mut batch);
+            closing = matches!(then, Then::Close);
             if let Some(number) = batch.last().map(|append| append.number) {
                 if let Err(error) = self.wal.append(&batch) {
                     tracing::error!(%error, "the log failed");
@@ -164,6 +184,13 @@ impl Task {
                     self.preparer.ask();
                 }
             }
+            if let Then::Compact { index, term } = then
+                && let Err(error) = self.wal.compact(index, term)
+            {
+                tracing::error!(%error, "the log failed");
+                events(Event::Failed(error));
+                break;
+            }
             if room != self.wal.room() {
                 room = self.wal.room();
                 events(Event::Room(room));
@@ -172,8 +199,9 @@ impl Task {
         self.preparer.close();
     }
 
-    /// Waits for work, then takes what else is there. Returns its bytes, and whether to end after it.
-    fn take(&self, batch: &mut Vec<Append>) -> (u64, bool) {
+    /// Waits for work, then takes what else is there, up to what must come behind those appends. Returns their bytes, and
+    /// that.
+    fn take(&self, batch: &mut Vec<Append>) -> (u64, Then) {
         let mut bytes = 0;
         let mut next = self.queue.recv().unwrap_or(Work::Close);
         loop {
@@ -182,15 +210,16 @@ impl Task {
                     bytes += append.size_bytes();
                     batch.push(append);
                 }
+                Work::Compact { index, term } => return (bytes, Then::Compact { index, term }),
                 Work::Room => {}
-                Work::Close => return (bytes, true),
+                Work::Close => return (bytes, Then::Close),
             }
             if bytes >= TAKE_BYTES_MAX {
-                return (bytes, false);
+                return (bytes, Then::Nothing);
             }
             match self.queue.try_recv() {
                 Ok(work) => next = work,
-                Err(_) => return (bytes, false),
+                Err(_) => return (bytes, Then::Nothing),
             }
         }
     }
@@ -304,6 +333,35 @@ mod tests {
         let options = Options { dir: "/data/wal".into(), segment_bytes: SEGMENT_BYTES };
         let (_, recovered) = Wal::open(Arc::new(disk), &options, 1, Arc::default()).unwrap();
         assert_eq!(recovered.entries.len(), 98);
+    }
+
+    #[test]
+    fn a_compaction_keeps_its_place_among_the_appends_and_frees_segments() {
+        let disk = MemoryDisk::new();
+        let (writer, events) = spawn(&disk);
+        (2..90).for_each(|index| writer.append(append(index)));
+        writer.compact(80, 1);
+        writer.append(append(90));
+        while !matches!(wait(&events), Event::Persisted { number: 90 }) {}
+        let status = writer.status();
+        assert!(status.segments <= 3, "{} segments", status.segments);
+        assert!((status.segments..=status.segments + 1).contains(&(status.disk_bytes / SEGMENT_BYTES)), "{status:?}");
+        writer.close();
+        disk.crash(&mut || false);
+        let options = Options { dir: "/data/wal".into(), segment_bytes: SEGMENT_BYTES };
+        let (_, recovered) = Wal::open(Arc::new(disk), &options, 1, Arc::default()).unwrap();
+        assert_eq!((recovered.compacted, recovered.entries.len()), (Some((80, 1)), 10));
+    }
+
+    #[test]
+    fn a_failed_compaction_is_told() {
+        let disk = MemoryDisk::new();
+        let (writer, events) = spawn(&disk);
+        disk.stop_at(disk.operations());
+        writer.compact(2, 1);
+        assert!(matches!(wait(&events), Event::Failed(Error::Disk(_))));
+        writer.close();
+        assert!(events.recv().is_err(), "nothing after the failure");
     }
 
     #[test]

@@ -192,6 +192,34 @@ impl Node {
         answer.body
     }
 
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.peer_port)
+    }
+
+    /// Asks this member to add another, or to change its URL.
+    pub fn add(&self, id: u64, url: &str) -> Answer {
+        request("POST", self.port, &format!("/{id}"), url.as_bytes()).unwrap()
+    }
+
+    pub fn must_add(&self, id: u64, url: &str) {
+        let answer = self.add(id, url);
+        assert_eq!(answer.status, 204, "POST /{id} at {}: {}\n{}", self.id, answer.text(), self.log());
+    }
+
+    pub fn remove(&self, id: u64) -> Answer {
+        request("DELETE", self.port, &format!("/{id}"), b"").unwrap()
+    }
+
+    pub fn must_remove(&self, id: u64) {
+        let answer = self.remove(id);
+        assert_eq!(answer.status, 204, "DELETE /{id} at {}: {}\n{}", self.id, answer.text(), self.log());
+    }
+
+    /// Other flags from the next start on.
+    pub fn set_flags(&mut self, flags: &[&str]) {
+        self.extra = flags.iter().map(ToString::to_string).collect();
+    }
+
     pub fn status(&self) -> Option<serde_json::Value> {
         request("GET", self.port, "/status", b"").ok().filter(|answer| answer.status == 200).map(|answer| answer.json())
     }
@@ -250,6 +278,50 @@ impl Cluster {
         Cluster { nodes, root }
     }
 
+    /// A machine that may join: its `--cluster` lists the members there are now, with itself at the end. Returns its
+    /// position. It is neither added nor started.
+    pub fn newcomer(&mut self, id: u64) -> usize {
+        let peer_port = free_port();
+        let mut urls: Vec<String> = self.nodes.iter().map(Node::url).collect();
+        urls.resize_with(id as usize - 1, || format!("http://127.0.0.1:{}", free_port()));
+        urls.truncate(id as usize - 1);
+        urls.push(format!("http://127.0.0.1:{peer_port}"));
+        let mut extra = self.nodes[0].extra.clone();
+        extra.push("--join".to_owned());
+        self.nodes.push(Node {
+            id,
+            port: free_port(),
+            peer_port,
+            dir: self.root.path().join(format!("raftkv-{id}")),
+            cluster: urls.join(","),
+            extra,
+            log: self.root.path().join(format!("{id}.log")),
+            process: None,
+        });
+        self.nodes.len() - 1
+    }
+
+    /// Adds a newcomer through the member at `through`, starts it, and waits until it votes.
+    pub fn grow(&mut self, through: usize, id: u64) -> usize {
+        let at = self.newcomer(id);
+        self.nodes[through].must_add(id, &self.nodes[at].url());
+        self.nodes[at].start();
+        self.nodes[at].wait_ready();
+        self.wait_voter(id);
+        at
+    }
+
+    /// Waits until every member that runs knows `id` as a voter.
+    pub fn wait_voter(&mut self, id: u64) {
+        wait_for(&format!("{id} votes"), || {
+            let votes = |status: serde_json::Value| {
+                let members = status["members"].as_array().unwrap().clone();
+                members.iter().any(|member| member["id"] == id && member["votes"] == true)
+            };
+            self.nodes.iter_mut().all(|node| !node.is_running() || node.status().is_some_and(votes)).then_some(())
+        });
+    }
+
     /// Members that are started and ready.
     pub fn start(count: usize) -> Self {
         let mut cluster = Cluster::new(count);
@@ -291,13 +363,18 @@ impl Cluster {
         });
     }
 
-    /// Every member that runs has each of these, read with a linearizable GET.
+    /// Every member that runs has each of these. One linearizable read at each: behind it, its own state has them all.
     pub fn must_hold(&mut self, acknowledged: &BTreeMap<String, String>) {
         for node in &mut self.nodes {
-            if node.is_running() {
-                for (key, value) in acknowledged {
-                    assert_eq!(String::from_utf8_lossy(&node.must_get(key)), *value, "{key} at node {}", node.id);
-                }
+            if !node.is_running() {
+                continue;
+            }
+            node.must_get(acknowledged.keys().next().expect("something was acknowledged"));
+            let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+            for (key, value) in acknowledged {
+                let path = format!("/{key}?consistency=stale");
+                let answer = request_with(&agent, "GET", node.port, &path, b"").unwrap();
+                assert_eq!((answer.status, answer.text()), (200, value.clone()), "{key} at node {}", node.id);
             }
         }
     }

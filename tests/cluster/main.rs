@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod catch_up;
 mod defects;
 mod disk;
+mod grow;
 mod harness;
 mod lone;
 mod refusals;

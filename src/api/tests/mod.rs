@@ -19,8 +19,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Api, Limits};
 use crate::channel::{
-    self, Commit, CommitSender, Failure, Leadership, NodeStatus, Proposal, Queues, Rejection, RequestId, Role,
+    self, Change, ChangeFailure, Commit, CommitSender, Failure, Leadership, NodeStatus, Proposal, Queues, Rejection,
+    RequestId, Role, SnapshotStatus,
 };
+use crate::cluster::Member;
 use crate::kv::Service;
 use crate::metrics::Metrics;
 use crate::store::{Answer, State, Store};
@@ -136,6 +138,18 @@ impl Node {
             (Proposal::Read { reply }, _) => {
                 self.commits.publish(vec![Commit::Barrier { replies: vec![reply] }]).unwrap();
             }
+            (Proposal::Reconfigure { reply, .. }, Mode::Refuse(Failure::Rejected(rejection))) => {
+                channel::answer(reply, Err(ChangeFailure::Rejected(rejection)));
+            }
+            (Proposal::Reconfigure { reply, .. }, Mode::Refuse(Failure::Unknown)) => {
+                channel::answer(reply, Err(ChangeFailure::Unknown));
+            }
+            // Odd IDs are welcome, even ones are not.
+            (Proposal::Reconfigure { change: Change::Add(Member { id, .. }) | Change::Remove(id), reply }, _) => {
+                let conflict = ChangeFailure::Conflict("no even IDs".to_owned());
+                channel::answer(reply, if id % 2 == 1 { Ok(()) } else { Err(conflict) });
+            }
+            (Proposal::Reconfigure { change: Change::Promote(_), .. }, _) => panic!("nobody asks for it"),
             (Proposal::Status { reply }, _) => channel::answer(reply, status(self.index)),
         }
     }
@@ -150,6 +164,7 @@ fn status(commit: u64) -> NodeStatus {
         leader: 7,
         commit,
         members: Vec::new(),
+        snapshot: SnapshotStatus { index: 0, log_from: 2 },
         wal: serde_json::Value::Null,
         queues: Queues { proposals: 0, proposed_bytes: 0, reads: 0, unapplied_bytes: 0 },
     }

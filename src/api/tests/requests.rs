@@ -63,7 +63,7 @@ async fn what_is_wrong_is_named() {
     let server = Server::start().await;
     let long = format!("/{}", "k".repeat(4097));
     let longer = format!("/{}", "k".repeat(60_000));
-    let table: [(&str, &str, u16, &str); 35] = [
+    let table = [
         ("PUT", "/", 400, "the key is empty"),
         ("GET", "/", 400, "the key is empty"),
         ("GET", "*", 400, "no path"),
@@ -92,8 +92,13 @@ async fn what_is_wrong_is_named() {
         ("DELETE", "/my-key", 400, "/api/v1/kv/"),
         ("POST", "/my-key", 400, "ID"),
         ("POST", "/", 400, "empty"),
-        ("POST", "/4", 501, "nothing was changed"),
-        ("DELETE", "/3", 501, "nothing was changed"),
+        ("POST", "/5", 400, "http://"),
+        ("POST", "/0", 400, "IDs start at 1"),
+        ("POST", "/+5", 400, "ID"),
+        ("POST", "/5?x=1", 400, "x"),
+        ("DELETE", "/0", 400, "IDs start at 1"),
+        ("DELETE", "/4", 409, "no even IDs"),
+        ("DELETE", "/99999999999999999999999", 400, "ID"),
         ("PATCH", "/k", 405, "PUT, GET, HEAD, POST, DELETE"),
         ("OPTIONS", "*", 405, "PUT, GET, HEAD, POST, DELETE"),
         ("BREW", "/%zz", 405, "PUT, GET, HEAD, POST, DELETE"),
@@ -127,7 +132,12 @@ async fn refusals_keep_the_connection() {
         (put("metrics", "v"), 409),
         (put("k?x", "v"), 400),
         (put("k", "v").replace("PUT", "POST"), 400),
-        (put("4", "v").replace("PUT", "POST"), 501),
+        (put("4", "v").replace("PUT", "POST"), 400),
+        (put("4", "http://a:1").replace("PUT", "POST"), 409),
+        (put("5", "http://a:1").replace("PUT", "POST"), 204),
+        (put("5", "http://a:1/").replace("PUT", "POST"), 400),
+        (put("5", "http://a:1+http://b:1").replace("PUT", "POST"), 204),
+        (put("5", "http://a:1+http://a:1").replace("PUT", "POST"), 400),
         (put("k", "v").replace("PUT", "PATCH"), 405),
         (put("k", "v"), 204),
     ] {

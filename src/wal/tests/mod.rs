@@ -1,9 +1,10 @@
 //! A log comes back as it was, whatever happened to it, or the start is refused: power lost at any operation, the last
 //! frame cut at any byte, any earlier bit flipped, a disk that fills or fails.
 
-use std::ops::Range;
+mod snapshots;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -45,7 +46,13 @@ fn append(term: u64, indexes: Range<u64>) -> Append {
     let entries = indexes.clone().map(|index| entry(term, index, format!("{term}/{index}").repeat(8).into_bytes()));
     let mut state = HardState::new();
     (state.term, state.vote, state.commit) = (term, 1, indexes.start - 1);
-    Append { number: indexes.end, entries: entries.collect(), hard_state: Some(state), nonces: vec![(2, indexes.end)] }
+    Append {
+        number: indexes.end,
+        snapshot: None,
+        entries: entries.collect(),
+        hard_state: Some(state),
+        nonces: vec![(2, indexes.end)],
+    }
 }
 
 fn entry(term: u64, index: u64, data: Vec<u8>) -> Entry {
@@ -65,6 +72,10 @@ struct Model {
 impl Model {
     fn with(&self, append: &Append) -> Model {
         let mut next = self.clone();
+        if let Some((index, _)) = append.snapshot {
+            next.entries.clear();
+            next = next.above(index);
+        }
         for entry in &append.entries {
             next.entries.retain(|index, _| *index < entry.index);
             next.entries.insert(entry.index, entry.clone());
@@ -74,8 +85,12 @@ impl Model {
         next
     }
 
+    /// What is left of it behind a compaction.
     fn above(mut self, index: u64) -> Model {
         self.entries.retain(|at, _| index < *at);
+        if index > 1 {
+            self.hard_state.commit = self.hard_state.commit.max(index);
+        }
         self
     }
 }
@@ -169,7 +184,7 @@ fn the_real_disk_keeps_a_log_too() {
     // These were in the first segment, which has gone.
     assert_eq!((recovered.segments, recovered.founders), (2, founders()));
     assert_eq!(recovered.nonces, BTreeMap::from([(2, 5)]));
-    assert_eq!(Some(recovered.hard_state), append(1, 2..5).hard_state);
+    assert_eq!((recovered.hard_state.term, recovered.hard_state.commit), (1, 8), "what was compacted was committed");
 }
 
 #[test]
@@ -376,6 +391,69 @@ fn compaction_frees_what_lies_below_and_keeps_what_recovery_needs() {
     }
 }
 
+/// The snapshot lies behind the log, at its end, or before entries that were of another history.
+#[test]
+fn a_snapshot_takes_the_place_of_the_log_and_frees_it() {
+    let Sample { disk, after, .. } = sample();
+    let last = *after.entries.keys().last().unwrap();
+    let mut freed_later = 0;
+    for (index, entries) in
+        [(last + 7, 2), (last + 7, 0), (last, 1), (last - 1, 0), (last - 1, 1), (last - 3, 0), (last - 3, 8)]
+    {
+        let story = format!("a snapshot at {index} of {last} and {entries} entries");
+        let mut append = append(9, index + 1..index + 1 + entries);
+        append.snapshot = Some((index, 8));
+        // Where it is freed, and where the power goes before that.
+        for stop in 0.. {
+            let story = format!("{story}, stopped at operation {stop}");
+            let disk = disk.fork();
+            let (mut wal, _) = open(&disk).unwrap();
+            disk.stop_at(disk.operations() + stop);
+            let finished = wal.append(std::slice::from_ref(&append)).is_ok();
+            assert!(!finished || wal.closed.is_empty(), "{story}: {} segments are left", wal.closed.len() + 1);
+            drop(wal);
+            disk.crash(&mut || true);
+            let (mut wal, recovered) = open(&disk).unwrap_or_else(|error| panic!("{story}: {error}"));
+            if recovered.compacted.is_none() {
+                assert!(!finished && Model::from(&recovered) == after, "{story}");
+                continue;
+            }
+            assert_eq!(recovered.compacted, Some((index, 8)), "{story}");
+            assert_eq!(Model::from(&recovered), after.with(&append), "{story}");
+            assert!(wal.closed.iter().all(|closed| closed.last_index == 0), "{story}: nothing in them is needed");
+            freed_later += usize::from(wal.closed.len() > 1);
+            let more = self::append(10, index + 1 + entries..index + 2 + entries);
+            wal.append(std::slice::from_ref(&more)).unwrap();
+            wal.compact(index + 1, 10).unwrap();
+            assert!(wal.closed.len() <= 1, "{story}: {} segments are left in the end", wal.closed.len() + 1);
+            drop(wal);
+            let model = after.with(&append).with(&more).above(index + 1);
+            assert_eq!(Model::from(&open(&disk).unwrap().1), model, "{story}, and on");
+            if finished {
+                break;
+            }
+        }
+    }
+    assert!(freed_later > 0, "the power never went between the snapshot and what it frees");
+}
+
+#[test]
+fn a_snapshot_in_the_middle_of_a_batch_drops_what_came_before_it() {
+    let disk = MemoryDisk::new();
+    let mut wal = create(&disk).unwrap();
+    let mut installed = append(3, 6..8);
+    installed.snapshot = Some((5, 2));
+    let batch = [append(1, 2..12), installed, append(3, 7..11)];
+    let first = wal.active.header.id;
+    wal.append(&batch).unwrap();
+    assert!(first < wal.active.header.id, "they did not fit one frame");
+    let last_indexes = wal.closed.iter().map(|closed| closed.last_index).chain([wal.active.last_index]);
+    assert_eq!(last_indexes.max(), Some(10), "entry 11 keeps no segment");
+    let (_, recovered) = open(&disk).unwrap();
+    assert_eq!(recovered.compacted, Some((5, 2)));
+    assert_eq!(Model::from(&recovered), batch.iter().fold(Model::default(), |model, append| model.with(append)));
+}
+
 #[test]
 fn a_spare_that_finds_no_room_says_full_and_ok_once_there_is_room() {
     let disk = MemoryDisk::new();
@@ -421,25 +499,38 @@ struct Run {
     attempted: Option<Append>,
     /// Entries up to here may be compacted away.
     compacted: u64,
+    /// Entries up to here surely are: a snapshot stands for them.
+    installed: u64,
     failed: bool,
 }
 
-/// Create, append, rotate, prepare, compact, append over a recycled segment.
+/// Create, append, rotate, prepare, compact, append over a recycled segment, install snapshots.
 fn run(disk: &MemoryDisk) -> Run {
-    let mut run = Run { created: false, durable: Model::default(), attempted: None, compacted: 1, failed: true };
+    let mut run =
+        Run { created: false, durable: Model::default(), attempted: None, compacted: 1, installed: 1, failed: true };
     let Ok(mut wal) = create(disk) else { return run };
     run.created = true;
     for turn in 0..24 {
         // Every third turn replaces the last entry.
         let last = run.durable.entries.keys().last().copied().unwrap_or(1);
         let next = if turn % 3 == 2 { last } else { last + 1 };
-        let append = append(1 + turn, next..next + 2);
+        // One snapshot is ahead of the log, one behind its last entry.
+        let snapshot = match turn {
+            11 => Some(last + 3),
+            19 => Some(last - 1),
+            _ => None,
+        };
+        let next = snapshot.map_or(next, |index| index + 1);
+        let mut append = append(1 + turn, next..next + 2);
+        append.snapshot = snapshot.map(|index| (index, turn));
+        run.compacted = snapshot.unwrap_or(run.compacted);
         if wal.append(std::slice::from_ref(&append)).is_err() {
             assert!(matches!(wal.append(&[]), Err(Error::Stopped)));
             run.attempted = Some(append);
             return run;
         }
         run.durable = run.durable.with(&append);
+        run.installed = snapshot.unwrap_or(run.installed);
         if turn == 4 && wal.prepare_spare().is_err() {
             return run;
         }
@@ -462,7 +553,7 @@ fn check(run: &Run, disk: &MemoryDisk, story: &str) {
     }
     let (mut wal, recovered) = open(disk).unwrap_or_else(|error| panic!("{story}: {error}"));
     let compacted = recovered.compacted.map_or(1, |(index, _)| index);
-    assert!(compacted <= run.compacted, "{story}: compacted to {compacted}");
+    assert!((run.installed..=run.compacted).contains(&compacted), "{story}: compacted to {compacted}");
     let model = Model::from(&recovered);
     let durable = run.durable.clone().above(compacted);
     let attempted = run.attempted.as_ref().map(|append| run.durable.with(append).above(compacted));

@@ -1,0 +1,228 @@
+//! Snapshots: when one is due, how it comes about, what is forgotten behind it, and how one from the leader is
+//! installed. The service writes its state on a thread of its own; the node only says where in the log, adds the
+//! membership of that place, and hears when the file is durable.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use raft::eraftpb::{ConfState, Message, SnapshotMetadata};
+use tokio::sync::oneshot;
+use tokio::task::{JoinError, JoinSet, spawn_blocking};
+use tracing::{info, warn};
+
+use super::admit::admit;
+use super::{Node, Stopped};
+use crate::channel::{Commit, WriteImage};
+use crate::wal;
+use crate::wal::snapshot::{Meta, Snapshots};
+
+/// Ticks before another try, after a snapshot could not be written.
+const RETRY_TICKS: u64 = 100;
+
+/// When a snapshot is taken, and what is kept behind it.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// Entries since the last snapshot that make one due.
+    pub count: u64,
+    /// Time since the last snapshot that makes one due, if there are `min_entries` new ones. Zero: never.
+    pub interval: Duration,
+    pub min_entries: u64,
+    /// Bytes of command held in the log that make one due.
+    pub log_bytes: u64,
+    /// Entries kept behind a snapshot for slow followers, as long as they are no more than `catchup_bytes`.
+    pub catchup_entries: u64,
+    pub catchup_bytes: u64,
+    /// Snapshot files kept.
+    pub keep: usize,
+}
+
+/// A snapshot's image, verified, as it is read from its file.
+pub type Image = Box<dyn io::Read + Send>;
+
+enum Done {
+    Taken(Result<Meta, wal::Error>),
+    Opened(Message, Result<(Meta, Image), wal::Error>),
+}
+
+/// The node's snapshots.
+pub struct Snapshotting {
+    pub files: Arc<Snapshots>,
+    policy: Policy,
+    /// Index of the last one, and the tick at which it was done.
+    last: (u64, u64),
+    /// Bytes held in the log when the last one was done.
+    last_bytes: u64,
+    taking: bool,
+    not_before: u64,
+    /// From the leader, stepped and not yet durable in the log.
+    received: Option<(Meta, Image)>,
+    work: JoinSet<Done>,
+}
+
+impl Snapshotting {
+    /// `last` is the index of the snapshot that the service starts from.
+    pub fn new(files: Arc<Snapshots>, policy: Policy, last: u64) -> Self {
+        Snapshotting {
+            files,
+            policy,
+            last: (last, 0),
+            last_bytes: 0,
+            taking: false,
+            not_before: 0,
+            received: None,
+            work: JoinSet::new(),
+        }
+    }
+
+    /// The next piece of work that is done, if any is under way.
+    pub async fn done(&mut self) -> Option<Result<SnapshotDone, JoinError>> {
+        self.work.join_next().await.map(|done| done.map(SnapshotDone))
+    }
+
+    /// Index of the newest one, 0 before the first.
+    pub fn newest(&self) -> u64 {
+        if self.last.0 > super::FOUNDING.0 { self.last.0 } else { 0 }
+    }
+}
+
+/// Work on a snapshot that is done, for [`Node::on_snapshot_done`].
+pub struct SnapshotDone(Done);
+
+impl<A: Send + 'static> Node<A> {
+    /// Asks the service for its state at this place in the log, if a snapshot is due.
+    pub(super) fn snapshot_if_due(&mut self, commits: &mut Vec<Commit<A>>) {
+        let shots = &self.snapshotting;
+        if shots.taking || shots.not_before > self.now || self.published <= shots.last.0 {
+            return;
+        }
+        let wanted = self.core.take_snapshot_wanted();
+        let policy = &shots.policy;
+        let new = self.published - shots.last.0;
+        let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
+        let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
+        let by_bytes = self.core.held().1 >= shots.last_bytes + policy.log_bytes;
+        if !(wanted || new >= policy.count || by_time || by_bytes) {
+            return;
+        }
+        let term = self.core.term_at(self.published).expect("the last entry applied is held");
+        let meta = self.members.meta(self.published, term, self.core.conf_state());
+        let (reply, image) = oneshot::channel();
+        commits.push(Commit::Snapshot { reply });
+        self.snapshotting.taking = true;
+        let (files, keep) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep);
+        self.snapshotting.work.spawn(async move {
+            // The service ends without an answer only when the process does.
+            let Ok(image) = image.await else { return std::future::pending().await };
+            let taken = spawn_blocking(move || take(&files, meta, image, keep)).await;
+            Done::Taken(taken.expect("writing a snapshot does not panic"))
+        });
+    }
+
+    pub(super) fn on_snapshot_done(&mut self, done: Result<SnapshotDone, JoinError>) -> Result<(), Stopped> {
+        match done.expect("work on a snapshot does not panic").0 {
+            Done::Taken(Ok(meta)) => {
+                info!(index = meta.index, "snapshot taken");
+                self.snapshotting.taking = false;
+                self.forget_behind(&meta);
+            }
+            Done::Taken(Err(error)) => {
+                warn!(%error, "no snapshot: the log grows until one can be written");
+                self.snapshotting.taking = false;
+                self.snapshotting.not_before = self.now + RETRY_TICKS;
+            }
+            Done::Opened(message, Ok(opened)) => return self.step_snapshot(message, opened),
+            Done::Opened(message, Err(error)) => warn!(from = message.from, %error, "a received snapshot is lost"),
+        }
+        Ok(())
+    }
+
+    /// A snapshot from the leader, verified and durable as a file. It counts once the log says so.
+    pub(super) fn on_snapshot(&mut self, message: Message) {
+        let metadata = message.get_snapshot().get_metadata();
+        let (index, term) = (metadata.index, metadata.term);
+        let files = self.snapshotting.files.clone();
+        self.snapshotting.work.spawn(async move {
+            let opened = spawn_blocking(move || files.read(index, term)).await;
+            let opened = opened.expect("opening a snapshot does not panic");
+            Done::Opened(message, opened.map(|(meta, image)| (meta, Box::new(image) as Image)))
+        });
+    }
+
+    fn step_snapshot(&mut self, message: Message, (meta, image): (Meta, Image)) -> Result<(), Stopped> {
+        // One that came before is being installed still: this one is as good as lost, and the leader sends another.
+        if self.snapshotting.received.is_some() {
+            return Ok(());
+        }
+        let told = message.get_snapshot().get_metadata();
+        if (told.index, told.term, told.get_conf_state()) != (meta.index, meta.term, &conf_state(&meta)) {
+            self.count_refused("snapshot meta");
+            return Ok(());
+        }
+        match admit(&message, &self.core) {
+            Ok(()) => {
+                self.snapshotting.received = Some((meta, image));
+                self.core.step(message);
+                Ok(())
+            }
+            Err(refusal) => self.on_refused(&message, refusal),
+        }
+    }
+
+    /// Whether raft took the snapshot that was stepped; where it had no use for it, it is let go.
+    pub(super) fn settle_received(&mut self) {
+        if !self.core.is_restoring() {
+            self.snapshotting.received = None;
+        }
+    }
+
+    /// The log goes on behind a received snapshot: so does the service.
+    pub(super) fn restore(&mut self, metadata: &SnapshotMetadata, commits: &mut Vec<Commit<A>>) {
+        let (meta, image) = self.snapshotting.received.take().expect("raft restores what was stepped");
+        assert_eq!((meta.index, meta.term), (metadata.index, metadata.term), "the snapshot that raft restored");
+        info!(index = meta.index, "snapshot installed");
+        self.members.restore(&meta);
+        self.tell_transport();
+        self.published = meta.index;
+        self.snapshotting.last = (meta.index, self.now);
+        self.snapshotting.last_bytes = 0;
+        commits.push(Commit::Restore { index: meta.index, image });
+    }
+
+    /// What the snapshot covers may go, but for what slow followers may still need.
+    fn forget_behind(&mut self, meta: &Meta) {
+        // A snapshot that was installed meanwhile is newer.
+        if meta.index <= self.snapshotting.last.0 {
+            return;
+        }
+        let policy = &self.snapshotting.policy;
+        let by_entries = meta.index.saturating_sub(policy.catchup_entries);
+        let keep_from = by_entries.max(self.core.reach_back(meta.index, policy.catchup_bytes)).min(meta.index);
+        let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
+        metadata.set_conf_state(conf_state(meta));
+        if let Some(term) = self.core.term_at(keep_from).filter(|_| keep_from > self.core.held().0) {
+            self.ends.wal.compact(keep_from, term);
+        }
+        self.core.compact(metadata, keep_from);
+        self.snapshotting.last = (meta.index, self.now);
+        self.snapshotting.last_bytes = self.core.held().1;
+    }
+}
+
+fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<Meta, wal::Error> {
+    files.write(&meta, image)?;
+    files.purge(keep, meta.index)?;
+    Ok(meta)
+}
+
+/// Who votes and who learns, in raft's own record.
+pub fn conf_state(meta: &Meta) -> ConfState {
+    ConfState {
+        voters: meta.voters.clone(),
+        learners: meta.learners.clone(),
+        voters_outgoing: meta.voters_outgoing.clone(),
+        learners_next: meta.learners_next.clone(),
+        auto_leave: meta.auto_leave,
+        ..ConfState::default()
+    }
+}

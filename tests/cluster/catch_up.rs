@@ -1,0 +1,137 @@
+//! Snapshots: the log does not grow for ever, whoever was away for long is caught up, and nothing is lost on the way.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use crate::harness::{Cluster, wait_for};
+
+const SMALL: &[&str] = &["--snapshot-count", "50", "--snapshot-catchup-entries", "10", "--snapshot-keep", "1"];
+
+fn fill(cluster: &Cluster, at: usize, name: &str, count: usize, acknowledged: &mut BTreeMap<String, String>) {
+    for n in 0..count {
+        let (key, value) = (format!("{name}-{}", n % 40), format!("{name} value {n}"));
+        cluster.nodes[at].must_put(&key, &value);
+        acknowledged.insert(key, value);
+    }
+}
+
+fn snapshots(dir: &Path) -> usize {
+    fs::read_dir(dir.join("snap")).unwrap().filter(|entry| entry.as_ref().unwrap().path().extension().is_some()).count()
+}
+
+/// raftexample could not restart after its first snapshot.
+#[test]
+fn a_lone_node_restarts_from_its_snapshot() {
+    let mut cluster = Cluster::with_flags(1, SMALL);
+    cluster.start_all();
+    let mut acknowledged = BTreeMap::new();
+    for life in 0..3 {
+        fill(&cluster, 0, &format!("life-{life}"), 120, &mut acknowledged);
+        let node = &cluster.nodes[0];
+        wait_for("a snapshot", || {
+            let status = node.status()?;
+            (status["snapshot"]["index"].as_u64()? + 60 > status["applied"].as_u64()?).then_some(())
+        });
+        let before = node.status().unwrap();
+        assert!(before["snapshot"]["log_from"].as_u64() > Some(50), "{before}");
+        cluster.nodes[0].kill();
+        cluster.nodes[0].start();
+        cluster.nodes[0].wait_ready();
+        let after = cluster.nodes[0].status().unwrap();
+        assert_eq!((&before["state_hash"], &before["revision"]), (&after["state_hash"], &after["revision"]));
+        cluster.must_hold(&acknowledged);
+        assert!(snapshots(&cluster.nodes[0].dir) <= 2);
+    }
+}
+
+/// A follower that is away past compaction is caught up by a snapshot while writes go on; killed while it installs one,
+/// it starts again, and again.
+#[test]
+fn who_was_away_for_long_is_caught_up_by_a_snapshot() {
+    let mut cluster = Cluster::with_flags(3, SMALL);
+    cluster.start_all();
+    let mut acknowledged = BTreeMap::new();
+    fill(&cluster, 0, "before", 10, &mut acknowledged);
+    let away = cluster.follower();
+    let up = (away + 1) % 3;
+    for round in 0..3 {
+        cluster.nodes[away].kill();
+        fill(&cluster, up, &format!("round-{round}"), 200, &mut acknowledged);
+        cluster.nodes[away].start();
+        if round < 2 {
+            // Killed as soon as it is there, whatever it does then.
+            cluster.nodes[away].wait_alive();
+            fill(&cluster, up, "meanwhile", 20, &mut acknowledged);
+        } else {
+            cluster.nodes[away].wait_ready();
+        }
+    }
+    assert!(cluster.nodes[away].log().contains("snapshot installed"), "{}", cluster.nodes[away].log());
+    cluster.must_agree();
+    cluster.must_hold(&acknowledged);
+    cluster.nodes.iter_mut().for_each(|node| node.kill());
+    cluster.start_all();
+    cluster.must_agree();
+    cluster.must_hold(&acknowledged);
+}
+
+/// A newcomer to a cluster that has forgotten its first entries.
+#[test]
+fn a_newcomer_joins_behind_a_snapshot() {
+    let mut cluster = Cluster::with_flags(1, SMALL);
+    cluster.start_all();
+    let mut acknowledged = BTreeMap::new();
+    fill(&cluster, 0, "before", 300, &mut acknowledged);
+    let second = cluster.grow(0, 2);
+    fill(&cluster, second, "after", 100, &mut acknowledged);
+    cluster.must_agree();
+    cluster.must_hold(&acknowledged);
+    cluster.nodes.iter_mut().for_each(|node| node.kill());
+    cluster.start_all();
+    cluster.must_hold(&acknowledged);
+    cluster.must_agree();
+}
+
+/// The last snapshot is damaged: the one before does as long as the log reaches back to it; else the start is refused
+/// with the file, and nothing wrong is served.
+#[test]
+fn a_damaged_snapshot_is_never_served() {
+    let mut cluster = Cluster::with_flags(1, SMALL);
+    cluster.start_all();
+    let mut acknowledged = BTreeMap::new();
+    fill(&cluster, 0, "k", 200, &mut acknowledged);
+    assert_eq!(cluster.nodes[0].stop(), Some(0));
+    let newest =
+        fs::read_dir(cluster.nodes[0].dir.join("snap")).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    let intact = fs::read(&newest).unwrap();
+    let mut damaged = intact.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    fs::write(&newest, damaged).unwrap();
+    cluster.nodes[0].start();
+    assert_eq!(cluster.nodes[0].wait().code(), Some(1));
+    let said = cluster.nodes[0].log();
+    assert!(said.lines().last().unwrap().contains(".snap"), "{said}");
+    fs::write(&newest, intact).unwrap();
+    cluster.nodes[0].start();
+    cluster.nodes[0].wait_ready();
+    cluster.must_hold(&acknowledged);
+}
+
+/// Overwrites for ever fill no disk: segments come back as new ones, and old snapshots go.
+#[test]
+fn disk_use_levels_off() {
+    let mut cluster = Cluster::with_flags(1, &["--snapshot-log-bytes", "4MiB", "--snapshot-catchup-entries", "10"]);
+    cluster.start_all();
+    let value = vec![7; 1 << 20];
+    let segments = |node: &crate::harness::Node| fs::read_dir(node.dir.join("wal")).unwrap().count();
+    let mut most = 0;
+    for n in 0..120 {
+        cluster.nodes[0].must_put(&format!("k{}", n % 3), &value);
+        most = most.max(segments(&cluster.nodes[0]));
+    }
+    // 120 MiB were written through segments of 16.
+    assert!(most <= 5, "{most} files in the log's directory");
+    assert!(snapshots(&cluster.nodes[0].dir) <= 3);
+}
