@@ -19,7 +19,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
 use crate::cluster::{Member, PeerUrl};
-use crate::config::{Config, LogFormat, VALUE_BYTES_MAX, WAL_SEGMENT_BYTES_MAX, WAL_SEGMENT_BYTES_MIN};
+use crate::config::{
+    CLUSTER_DEFAULT, Config, LogFormat, VALUE_BYTES_MAX, WAL_SEGMENT_BYTES_MAX, WAL_SEGMENT_BYTES_MIN,
+};
 
 const TICK: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
 /// Fewer than three, and one delayed heartbeat starts an election.
@@ -120,7 +122,7 @@ struct Flags {
 
     /// The founding members' peer URLs, comma-separated, the same on each; URLs of one member are joined by +. Read on
     /// the first start only: afterwards the data directory knows the members
-    #[arg(long, env = "RAFTKV_CLUSTER", value_name = "URL,URL", default_value = "http://127.0.0.1:9021")]
+    #[arg(long, env = "RAFTKV_CLUSTER", value_name = "URL,URL", default_value = CLUSTER_DEFAULT)]
     #[arg(help_heading = "Membership", hide_env_values = true, value_parser = value(founders))]
     cluster: Founders,
 

@@ -14,6 +14,9 @@ pub const WAL_SEGMENT_BYTES_MIN: u64 = 16 << 20;
 /// The largest: a spare of this size is zeroed beside the one in use.
 pub const WAL_SEGMENT_BYTES_MAX: u64 = 1 << 30;
 
+/// What `--cluster` is where nobody says: a lone node.
+pub const CLUSTER_DEFAULT: &str = "http://127.0.0.1:9021";
+
 /// Everything a server needs to start.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -51,6 +54,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// Whether `--cluster` was left as it is.
+    pub fn is_default_cluster(&self) -> bool {
+        matches!(&self.cluster[..], [Member { urls, .. }] if matches!(&urls[..], [url] if url.to_string() == CLUSTER_DEFAULT))
+    }
+
     /// Whether this node may found a cluster with this list. The server asks on a first start, before it writes
     /// anything; later the data directory knows who the members are, and the list is not consulted.
     pub fn check_founding(&self) -> Result<(), NotAFounder> {

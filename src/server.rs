@@ -41,6 +41,10 @@ const PROPOSALS_MAX: usize = 8192;
 /// Events on their way from the peers to the node. More than this wait in TCP's buffers.
 const PEER_EVENTS_MAX: usize = 4096;
 
+/// How long a start tries for what a process before it may still hold, and the pause between two tries.
+const PATIENCE: Duration = Duration::from_secs(1);
+const TRY_AGAIN: Duration = Duration::from_millis(10);
+
 /// What a stop waits for beyond the request time-out: the answers' way to their clients.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -51,6 +55,12 @@ pub enum Error {
     NotAFounder(#[from] NotAFounder),
     #[error("--id {id}: the data directory {} belongs to member {owner}; give --id {owner} or another --data-dir", data_dir.display())]
     NotTheOwner { id: u64, owner: u64, data_dir: PathBuf },
+    #[error(
+        "--cluster lists none of the members that the data directory {} knows ({members}): it belongs to another \
+         cluster; give another --data-dir, or leave --cluster away",
+        data_dir.display()
+    )]
+    AnotherCluster { data_dir: PathBuf, members: String },
     #[error("{flag} {address} cannot be bound: {source}")]
     Bind { flag: &'static str, address: String, source: io::Error },
     #[error(
@@ -79,7 +89,11 @@ impl Error {
     /// 2 for what the user typed, 1 for the rest.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::NotAFounder(_) | Error::NotTheOwner { .. } | Error::WasRemoved { .. } | Error::NotAdded { .. } => 2,
+            Error::NotAFounder(_)
+            | Error::NotTheOwner { .. }
+            | Error::AnotherCluster { .. }
+            | Error::WasRemoved { .. }
+            | Error::NotAdded { .. } => 2,
             Error::Bind { .. }
             | Error::Image { .. }
             | Error::Wal(_)
@@ -128,7 +142,7 @@ async fn serve(config: Config, started: Instant) -> Result<(), Error> {
         // Before anything is created: a mistyped command leaves no trace.
         config.check_founding()?;
     }
-    let _lock = Lock::take(&config.data_dir)?;
+    let _lock = lock(&config).await?;
     let clients = bind::clients(&config).await?;
     let metrics = Arc::new(Metrics::new());
     let opened = tokio::select! {
@@ -170,6 +184,17 @@ async fn serve(config: Config, started: Instant) -> Result<(), Error> {
         Err(error) => return Err(error),
     }
     Ok(())
+}
+
+/// Locks the data directory. A process that was killed a moment ago may hold it a little longer.
+async fn lock(config: &Config) -> Result<Lock, Error> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Lock::take(&config.data_dir) {
+            Err(wal::Error::Locked(_)) if Instant::now() < deadline => tokio::time::sleep(TRY_AGAIN).await,
+            taken => return Ok(taken?),
+        }
+    }
 }
 
 /// The tasks of a server that serves.

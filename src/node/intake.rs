@@ -12,6 +12,12 @@ use crate::wal::Room;
 /// Bytes of command proposed to raft, or forwarded, at once.
 const PROPOSAL_BYTES_MAX: usize = 1 << 20;
 
+/// Room in the log that appends leave for terms and votes when the disk is full.
+const RESERVE_BYTES: u64 = 1 << 20;
+
+/// What an entry takes in the log beside its command, and more.
+const ENTRY_OVERHEAD_BYTES: usize = 128;
+
 /// Forwarded proposals under way to the leader; what comes meanwhile waits and goes together.
 const FORWARDS_MAX: usize = 4;
 
@@ -29,6 +35,13 @@ impl<A: Send + 'static> Node<A> {
                 None => self.pending.admit(command, reply, deadline),
             },
         }
+    }
+
+    /// Whether entries with commands of these sizes find room in the log, with some left for terms and votes. What goes
+    /// in without it could be what stops the node on a full disk.
+    pub(super) fn may_append(&self, sizes: impl Iterator<Item = usize>) -> bool {
+        let bytes: u64 = sizes.map(|size| (size + ENTRY_OVERHEAD_BYTES) as u64).sum();
+        self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX && self.ends.wal.has_room_for(bytes + RESERVE_BYTES)
     }
 
     /// Why no write is taken now, here or from another member.
@@ -60,6 +73,14 @@ impl<A: Send + 'static> Node<A> {
                     self.forwards.spawn(async move { (batch, answer.await) });
                 }
                 continue;
+            }
+            if !self.may_append(commands.iter().map(|(_, command)| command.len())) {
+                // Asked again in every turn, until the log has room.
+                self.pending.not_proposed(&batch);
+                if self.room == Room::Full {
+                    self.pending.reject_waiting(Rejection::DiskFull);
+                }
+                return;
             }
             match self.core.propose(&commands) {
                 Ok(_) => {}

@@ -56,9 +56,6 @@ const BACKLOG_BYTES_MAX: usize = 64 << 20;
 /// The context of an entry that names a member's data directory: member and nonce, little-endian.
 const NONCE_BYTES: usize = 16;
 
-/// Room in the log that appends leave for terms and votes when the disk is full.
-const RESERVE_BYTES: u64 = 1 << 20;
-
 /// How the node keeps time and who it is.
 #[derive(Debug)]
 pub struct Settings {
@@ -263,7 +260,6 @@ impl<A: Send + 'static> Node<A> {
         }
         let metrics = &self.ends.metrics;
         metrics.proposals_pending.set(self.pending.len() as i64);
-        metrics.raft_commit_index.set(self.core.position().commit as i64);
     }
 
     fn on_wal(&mut self, event: writer::Event) -> Result<(), Stopped> {
@@ -279,7 +275,11 @@ impl<A: Send + 'static> Node<A> {
             writer::Event::Room(room) => {
                 if room != self.room {
                     match room {
-                        Room::Full => error!("the disk is full: writes are refused until there is room"),
+                        Room::Full => {
+                            error!("the disk is full: writes are refused until there is room");
+                            // Another member may have room.
+                            self.core.hand_over();
+                        }
                         Room::Ok => info!("there is room on the disk again: writes are taken"),
                     }
                 }
@@ -338,6 +338,7 @@ impl<A: Send + 'static> Node<A> {
         }
         self.snapshot_if_due(&mut commits);
         if !commits.is_empty() {
+            self.ends.metrics.raft_commit_index.set(self.core.position().commit as i64);
             self.ends.commits.publish(commits)?;
         }
         removed

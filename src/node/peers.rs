@@ -7,12 +7,12 @@ use tracing::{debug, warn};
 
 use super::admit::{Refusal, admit};
 use super::members::Acquaintance;
-use super::{Durable, Node, RESERVE_BYTES, Stopped, WAL_QUEUE_BYTES_MAX};
+use super::{Durable, Node, Stopped};
 use crate::channel::{self, COMMAND_BYTES_MAX, Rejection, RequestId};
 use crate::cluster::Member;
 use crate::metrics::Reason;
 use crate::transport::{self, Meeting, Position};
-use crate::wal::{Append, Room};
+use crate::wal::Append;
 
 impl<A: Send + 'static> Node<A> {
     pub(super) fn on_peer(&mut self, event: transport::Event) -> Result<(), Stopped> {
@@ -94,12 +94,7 @@ impl<A: Send + 'static> Node<A> {
     }
 
     fn has_room_for(&self, append: &Message) -> bool {
-        let queued = self.ends.wal.queued_bytes();
-        if append.entries.is_empty() || (self.room == Room::Ok && queued <= WAL_QUEUE_BYTES_MAX) {
-            return true;
-        }
-        let size: u64 = append.entries.iter().map(|entry| entry.data.len() as u64 + 128).sum();
-        queued <= WAL_QUEUE_BYTES_MAX && queued + size + RESERVE_BYTES <= self.ends.wal.status().room_bytes
+        append.entries.is_empty() || self.may_append(append.entries.iter().map(|entry| entry.data.len()))
     }
 
     /// Another member's writes, if this one leads. What it appends comes back to that member as committed entries.
@@ -119,6 +114,8 @@ impl<A: Send + 'static> Node<A> {
             Err(Rejection::NotUnderstood)
         } else if let Some(rejection) = self.closed_to_writes() {
             Err(rejection)
+        } else if !self.may_append(proposals.iter().map(|(_, command)| command.len())) {
+            Err(Rejection::Busy)
         } else {
             self.core.propose(proposals)
         };

@@ -117,6 +117,21 @@ impl<A> Pending<A> {
         }
     }
 
+    /// Rejects what waits, but for what an earlier try may have brought into a log.
+    pub fn reject_waiting(&mut self, rejection: Rejection) {
+        for counter in std::mem::take(&mut self.waiting) {
+            match self.tickets.get(&counter) {
+                Some(ticket) if ticket.open_tries > 0 => self.waiting.push_back(counter),
+                Some(_) => {
+                    if let Some(ticket) = self.remove(counter) {
+                        channel::answer(ticket.reply, Err(Failure::Rejected(rejection)));
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
     /// Nobody can tell what became of this try: propose it again.
     pub fn lost(&mut self, proposed: &[Proposed]) {
         for Proposed { request, .. } in proposed.iter().rev() {
@@ -261,6 +276,18 @@ mod tests {
             pending.expire(5, Rejection::NoLeader);
             assert_eq!(answer.try_recv().unwrap(), Err(Failure::Unknown), "the second try may be in a log");
         }
+    }
+
+    #[test]
+    fn a_full_disk_rejects_what_is_in_no_log() {
+        let mut pending = pending();
+        let mut answers = ["tried", "new"].map(|command| write(&mut pending, command, 5));
+        pending.take(1, 99);
+        pending.leader_changed();
+        pending.reject_waiting(Rejection::DiskFull);
+        assert!(answers[0].try_recv().is_err(), "it may be in a log");
+        assert_eq!(answers[1].try_recv().unwrap(), Err(Failure::Rejected(Rejection::DiskFull)));
+        assert_eq!(commands(&pending.take(9, 99)), [b"tried"]);
     }
 
     #[test]

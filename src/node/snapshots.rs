@@ -42,7 +42,7 @@ pub type Image = Box<dyn io::Read + Send>;
 
 enum Done {
     Taken(Result<Meta, wal::Error>),
-    Opened(Message, Result<(Meta, Image), wal::Error>),
+    Opened(Box<Message>, Result<(Box<Meta>, Image), wal::Error>),
 }
 
 /// The node's snapshots.
@@ -56,7 +56,7 @@ pub struct Snapshotting {
     taking: bool,
     not_before: u64,
     /// From the leader, stepped and not yet durable in the log.
-    received: Option<(Meta, Image)>,
+    received: Option<(Box<Meta>, Image)>,
     work: JoinSet<Done>,
 }
 
@@ -131,7 +131,7 @@ impl<A: Send + 'static> Node<A> {
                 self.snapshotting.taking = false;
                 self.snapshotting.not_before = self.now + RETRY_TICKS;
             }
-            Done::Opened(message, Ok(opened)) => return self.step_snapshot(message, opened),
+            Done::Opened(message, Ok(opened)) => return self.step_snapshot(*message, opened),
             Done::Opened(message, Err(error)) => warn!(from = message.from, %error, "a received snapshot is lost"),
         }
         Ok(())
@@ -145,11 +145,11 @@ impl<A: Send + 'static> Node<A> {
         self.snapshotting.work.spawn(async move {
             let opened = spawn_blocking(move || files.read(index, term)).await;
             let opened = opened.expect("opening a snapshot does not panic");
-            Done::Opened(message, opened.map(|(meta, image)| (meta, Box::new(image) as Image)))
+            Done::Opened(Box::new(message), opened.map(|(meta, image)| (Box::new(meta), Box::new(image) as Image)))
         });
     }
 
-    fn step_snapshot(&mut self, message: Message, (meta, image): (Meta, Image)) -> Result<(), Stopped> {
+    fn step_snapshot(&mut self, message: Message, (meta, image): (Box<Meta>, Image)) -> Result<(), Stopped> {
         // One that came before is being installed still: this one is as good as lost, and the leader sends another.
         if self.snapshotting.received.is_some() {
             return Ok(());

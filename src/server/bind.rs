@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use tokio::net::{TcpListener, TcpSocket, lookup_host};
 
@@ -38,14 +39,21 @@ pub async fn peers(config: &Config, urls: &[PeerUrl]) -> Result<Vec<TcpListener>
 
 async fn bind(flag: &'static str, address: &str) -> Result<TcpListener, Error> {
     let failed = |source| Error::Bind { flag, address: address.to_owned(), source };
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for resolved in lookup_host(address).await.map_err(failed)? {
-        match listen(resolved) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = error,
+    // A process that was killed a moment ago may hold the port a little longer.
+    let deadline = Instant::now() + super::PATIENCE;
+    loop {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for resolved in lookup_host(address).await.map_err(failed)? {
+            match listen(resolved) {
+                Ok(listener) => return Ok(listener),
+                Err(error) => last = error,
+            }
         }
+        if last.kind() != io::ErrorKind::AddrInUse || Instant::now() >= deadline {
+            return Err(failed(last));
+        }
+        tokio::time::sleep(super::TRY_AGAIN).await;
     }
-    Err(failed(last))
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {

@@ -18,7 +18,7 @@ use crate::transport::{self, IntroduceError};
 use crate::wal::disk::RealDisk;
 use crate::wal::identity::{Identity, LOG_DIR};
 use crate::wal::snapshot::{Meta, Snapshots};
-use crate::wal::{Options, Recovered, Wal};
+use crate::wal::{self, Options, Recovered, Wal};
 
 /// Pause before a member is asked again where this one belongs.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
@@ -48,8 +48,14 @@ pub async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<Opened, Err
         return Err(Error::NotTheOwner { id: config.id, owner: member, data_dir: config.data_dir.clone() });
     }
     match identity {
-        Some(identity) if Wal::exists(disk.as_ref(), &log.dir)? => restart(config, identity, &log, metrics).await,
-        // No log, whatever became of it: a new nonce says so to whoever knew the old one.
+        Some(identity) if Wal::exists(disk.as_ref(), &log.dir)? => {
+            // Where a crash came between the two, the log is there and the word of it is not.
+            let identity =
+                if identity.has_log { identity } else { identity.note_log(disk.as_ref(), &config.data_dir)? };
+            restart(config, identity, &log, metrics).await
+        }
+        Some(Identity { has_log: true, .. }) => Err(wal::Error::LogMissing { log: log.dir }.into()),
+        // A first start, or one that was cut short before it told anybody of itself.
         Some(_) | None => first_start(config, &log, metrics).await,
     }
 }
@@ -72,11 +78,9 @@ async fn restart(config: &Config, identity: Identity, log: &Options, metrics: &A
     };
     recovered.hard_state.commit = recovered.hard_state.commit.max(meta.index);
     let members = node::members_in_log(&meta, &recovered.entries);
+    check_cluster(config, &members, &recovered.founders)?;
     let urls = urls_of(&members, config.id).or_else(|| urls_of(&config.cluster, config.id)).unwrap_or_default();
     let listeners = bind::peers(config, &urls).await?;
-    if identity.cluster != cluster_id(&config.cluster) {
-        info!("--cluster is not the list that this cluster was founded on: the members in the log count");
-    }
     Ok(Opened { identity, wal, recovered, snapshots, meta, state, members, urls, listeners })
 }
 
@@ -94,6 +98,7 @@ async fn first_start(config: &Config, log: &Options, metrics: &Arc<Metrics>) -> 
     let disk = Arc::new(RealDisk);
     let identity = Identity::create(disk.as_ref(), &config.data_dir, cluster, config.id)?;
     let (wal, recovered) = Wal::create(disk.clone(), log, &founders, now_micros(), metrics.clone())?;
+    let identity = identity.note_log(disk.as_ref(), &config.data_dir)?;
     let snapshots = Arc::new(Snapshots::open(disk, &config.data_dir)?);
     info!(data_dir = %config.data_dir.display(), "first start: the data directory is new");
     let meta = Meta::founding(&founders);
@@ -131,6 +136,17 @@ async fn join(config: &Config, urls: &[PeerUrl]) -> Result<Introduction, Error> 
         }
         tokio::time::sleep(ASK_AGAIN).await;
     }
+}
+
+/// A list may be stale or left away, for the members in the log count. One that shares no address with them is meant for
+/// another cluster, and to serve this one in its place would answer for data that is not there.
+fn check_cluster(config: &Config, members: &[Member], founders: &[Member]) -> Result<(), Error> {
+    let known = |url: &PeerUrl| members.iter().chain(founders).any(|member| member.urls.contains(url));
+    if config.is_default_cluster() || config.cluster.iter().flat_map(|member| &member.urls).any(known) {
+        return Ok(());
+    }
+    let list: Vec<String> = members.iter().flat_map(|member| &member.urls).map(ToString::to_string).collect();
+    Err(Error::AnotherCluster { data_dir: config.data_dir.clone(), members: list.join(",") })
 }
 
 fn urls_of(members: &[Member], id: u64) -> Option<Vec<PeerUrl>> {

@@ -26,6 +26,12 @@ pub enum Error {
     )]
     IdentityMissing { identity: PathBuf, log: PathBuf },
     #[error(
+        "the log in {} is gone; put it back (is the volume mounted?). If it is lost, so is what this member held: if a \
+         quorum of the cluster is there without it, remove the member and add the machine under a new ID",
+        log.display()
+    )]
+    LogMissing { log: PathBuf },
+    #[error(
         "{} holds no snapshot that this log, which begins behind entry {index}, can go on from; restore that directory \
          from a backup, or, if this is a member of a cluster that has a quorum without it, remove the member and add it \
          anew with an empty data directory",

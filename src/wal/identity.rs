@@ -49,6 +49,8 @@ pub struct Identity {
     pub member: u64,
     /// Random, never 0: made once, when the directory is first used.
     pub nonce: u64,
+    /// The log was made. Where it is missing now, it is lost; before, it had yet to come.
+    pub has_log: bool,
 }
 
 impl Identity {
@@ -72,7 +74,14 @@ impl Identity {
         while nonce == 0 {
             nonce = getrandom::u64().map_err(Error::Random)?;
         }
-        let identity = Identity { cluster, member, nonce };
+        let identity = Identity { cluster, member, nonce, has_log: false };
+        identity.save(disk, data_dir)?;
+        Ok(identity)
+    }
+
+    /// Says that the log was made, durable when this returns.
+    pub fn note_log(self, disk: &dyn Disk, data_dir: &Path) -> Result<Identity, Error> {
+        let identity = Identity { has_log: true, ..self };
         identity.save(disk, data_dir)?;
         Ok(identity)
     }
@@ -97,8 +106,10 @@ impl Identity {
     }
 
     fn to_text(self) -> String {
-        let Identity { cluster, member, nonce } = self;
-        let lines = format!("{TITLE}{VERSION}\ncluster {cluster:016x}\nmember {member}\nnonce {nonce:016x}\n");
+        let Identity { cluster, member, nonce, has_log } = self;
+        let log = u64::from(has_log);
+        let lines =
+            format!("{TITLE}{VERSION}\ncluster {cluster:016x}\nmember {member}\nnonce {nonce:016x}\nlog {log}\n");
         let crc = crc32c::crc32c(lines.as_bytes());
         format!("{lines}crc32c {crc:08x}\n")
     }
@@ -124,8 +135,10 @@ impl Identity {
             let text = lines.next()?.strip_prefix(name)?.strip_prefix(' ')?;
             u64::from_str_radix(text, radix).ok()
         };
-        match (version, field("cluster", 16), field("member", 10), field("nonce", 16)) {
-            (Some(VERSION), Some(cluster), Some(member), Some(nonce)) => Ok(Identity { cluster, member, nonce }),
+        match (version, field("cluster", 16), field("member", 10), field("nonce", 16), field("log", 10)) {
+            (Some(VERSION), Some(cluster), Some(member), Some(nonce), Some(log @ (0 | 1))) => {
+                Ok(Identity { cluster, member, nonce, has_log: log == 1 })
+            }
             _ => damaged(file, "a line is missing or is not what it should be"),
         }
     }
@@ -143,8 +156,9 @@ mod tests {
                         cluster 00000000000000c1\n\
                         member 3\n\
                         nonce 0123456789abcdef\n\
-                        crc32c e995a032\n";
-    const IDENTITY: Identity = Identity { cluster: 0xc1, member: 3, nonce: 0x0123_4567_89ab_cdef };
+                        log 1\n\
+                        crc32c 35c3cbd1\n";
+    const IDENTITY: Identity = Identity { cluster: 0xc1, member: 3, nonce: 0x0123_4567_89ab_cdef, has_log: true };
 
     #[test]
     fn the_text_of_an_identity_is_this() {

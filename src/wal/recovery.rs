@@ -46,8 +46,7 @@ struct Scan {
 }
 
 pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
-    let mut ids = segment::ids(disk, dir)?;
-    drop_unborn(disk, dir, &mut ids)?;
+    let ids = segment::ids(disk, dir)?;
     let (first, last) = match (ids.first(), ids.last()) {
         (Some(first), Some(last)) => (*first, *last),
         _ => return Err(corrupt(dir, 0, "it has no segments")),
@@ -95,27 +94,6 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
         });
     }
     unreachable!("the last of the segments returned")
-}
-
-/// Removes a last segment that came to nothing: no header, and provably no frame in it either.
-fn drop_unborn(disk: &dyn Disk, dir: &Path, ids: &mut Vec<u64>) -> Result<(), Error> {
-    let [_, .., last] = ids[..] else {
-        return Ok(());
-    };
-    let path = segment::path(dir, last);
-    let file = disk.open(&path)?;
-    let mut block = vec![0; file.size()?.min(HEADER_BYTES) as usize];
-    file.read_at(0, &mut block)?;
-    if Header::decode(&block) == Err(BadHeader::Damaged) {
-        let bytes = read_all(file.as_ref())?;
-        if bytes.iter().skip(HEADER_BYTES as usize).all(|byte| *byte == 0) {
-            tracing::warn!(segment = %path.display(), "the last segment has neither header nor frames: removed");
-            disk.remove(&path)?;
-            disk.sync_dir(dir)?;
-            ids.pop();
-        }
-    }
-    Ok(())
 }
 
 fn header(path: &Path, bytes: &[u8], id: u64) -> Result<Header, Error> {

@@ -21,6 +21,8 @@ pub struct Spare {
     dir: PathBuf,
     segment_bytes: u64,
     state: Mutex<State>,
+    /// The state is Ready: for those who may not wait for the lock, under which files are renamed.
+    ready: AtomicBool,
     full: AtomicBool,
     metrics: Arc<Metrics>,
 }
@@ -49,7 +51,8 @@ impl Spare {
             }
             None => State::Absent,
         };
-        Ok(Spare { disk, dir, segment_bytes, state: Mutex::new(state), full: AtomicBool::new(false), metrics })
+        let (ready, full) = (AtomicBool::new(state == State::Ready), AtomicBool::new(false));
+        Ok(Spare { disk, dir, segment_bytes, state: Mutex::new(state), ready, full, metrics })
     }
 
     /// Takes the spare, if there is one, under the name of a draft.
@@ -58,7 +61,7 @@ impl Spare {
         if *state != State::Ready {
             return Ok(None);
         }
-        *state = State::Absent;
+        self.set(&mut state, State::Absent);
         let draft = draft_path(&self.dir);
         self.disk.rename(&self.dir.join(NAME), &draft)?;
         Ok(Some(self.disk.open(&draft)?))
@@ -69,7 +72,7 @@ impl Spare {
         let mut state = self.lock();
         if *state == State::Absent && self.disk.size(freed)? == Some(self.segment_bytes) {
             self.disk.rename(freed, &self.dir.join(NAME))?;
-            *state = State::Ready;
+            self.set(&mut state, State::Ready);
             self.set_full(false);
         } else {
             self.disk.remove(freed)?;
@@ -84,7 +87,7 @@ impl Spare {
             if *state != State::Absent {
                 return Ok(());
             }
-            *state = State::Preparing;
+            self.set(&mut state, State::Preparing);
         }
         let written = self.write(stop);
         let mut state = self.lock();
@@ -95,7 +98,7 @@ impl Spare {
             }
             Ok(finished)
         });
-        *state = if matches!(outcome, Ok(true)) { State::Ready } else { State::Absent };
+        self.set(&mut state, if matches!(outcome, Ok(true)) { State::Ready } else { State::Absent });
         match outcome {
             Ok(true) => self.set_full(false),
             Ok(false) => {}
@@ -150,12 +153,21 @@ impl Spare {
 
     /// What a spare that is ready adds to the room of the log.
     pub fn room_bytes(&self) -> u64 {
-        if *self.lock() == State::Ready { self.segment_bytes - HEADER_BYTES } else { 0 }
+        if self.is_ready() { self.segment_bytes - HEADER_BYTES } else { 0 }
     }
 
     /// What a spare that is ready takes on the disk.
     pub fn disk_bytes(&self) -> u64 {
-        if *self.lock() == State::Ready { self.segment_bytes } else { 0 }
+        if self.is_ready() { self.segment_bytes } else { 0 }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, state: &mut State, to: State) {
+        *state = to;
+        self.ready.store(to == State::Ready, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::log::Counts;
+use super::record::FRAME_BYTES_MAX;
 use super::spare::Spare;
 use super::{Append, Error, Room, Wal};
 use crate::metrics::Metrics;
@@ -103,6 +104,16 @@ impl Writer {
     /// Bytes handed over and not durable yet.
     pub fn queued_bytes(&self) -> u64 {
         self.queued_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether appends of so many more bytes surely find room behind what is queued, in segments that are there. Never
+    /// waits.
+    pub fn has_room_for(&self, bytes: u64) -> bool {
+        let active = self.counts.active_room_bytes.load(Ordering::Relaxed);
+        let spare = self.spare.room_bytes();
+        // A frame does not span segments: the end of the active one may stay unused, up to a frame's length.
+        let usable = active.max((active + spare).saturating_sub(if spare > 0 { FRAME_BYTES_MAX } else { 0 }));
+        self.queued_bytes() + bytes <= usable
     }
 
     pub fn status(&self) -> Status {

@@ -90,3 +90,36 @@ fn a_full_disk_refuses_writes_serves_reads_and_recovers() {
     });
     assert_eq!(status()["wal"]["full"], false);
 }
+
+/// Many large writes are on their way when the disk fills up: none of them may take the room that the node itself needs
+/// to go on.
+#[test]
+fn a_disk_that_fills_up_under_load_stops_nobody() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("disk");
+    fs::create_dir(&dir).unwrap();
+    let port = free_port();
+    let Some(mut disk) = SmallDisk::start(&dir, "40m", port) else {
+        eprintln!("not tested: no mount namespaces here");
+        return;
+    };
+    wait_for("it is ready", || request("GET", port, "/readyz", b"").ok().filter(|answer| answer.status == 200));
+    std::thread::scope(|scope| {
+        for writer in 0..32 {
+            scope.spawn(move || {
+                for n in 0..64 {
+                    match request("PUT", port, &format!("/{writer}-{n}"), &vec![7; 1 << 20]).unwrap() {
+                        answer if answer.status == 204 => {}
+                        answer => {
+                            assert_eq!(answer.status, 507, "{}", answer.text());
+                            return;
+                        }
+                    }
+                }
+                panic!("the disk holds 40 MiB");
+            });
+        }
+    });
+    assert!(disk.child.try_wait().unwrap().is_none(), "it goes on");
+    assert_eq!(request("GET", port, "/0-0", b"").unwrap().body.len(), 1 << 20);
+}

@@ -125,17 +125,35 @@ fn a_wiped_member_does_not_vote_again() {
     cluster.must_agree();
 }
 
-/// Only the log is gone: as bad as all of it.
+/// `cargo run`, and then three nodes in the same directory: the first would serve the lone node's data as if they were
+/// the cluster's.
 #[test]
-fn a_member_whose_log_is_gone_does_not_vote_again() {
-    let mut cluster = Cluster::start(3);
-    let wiped = cluster.follower();
-    cluster.nodes[wiped].kill();
-    fs::remove_dir_all(cluster.nodes[wiped].dir.join("wal")).unwrap();
-    cluster.nodes[wiped].start();
-    assert_eq!(cluster.nodes[wiped].wait().code(), Some(1));
-    assert!(cluster.nodes[wiped].log().lines().last().unwrap().contains("wiped"));
-    cluster.nodes[(wiped + 1) % 3].must_put("k", "w");
+fn a_directory_of_another_cluster_is_not_served() {
+    let mut cluster = Cluster::start(1);
+    cluster.nodes[0].must_put("k", "v");
+    cluster.nodes[0].kill();
+    let list = format!("http://127.0.0.1:{},http://127.0.0.1:{}", free_port(), free_port());
+    let (port, dir) = (free_port().to_string(), cluster.nodes[0].dir.to_str().unwrap().to_owned());
+    let said = refusal(&run(&["--cluster", &list, "--port", &port, "--data-dir", &dir]), 2);
+    assert!(said.contains("another cluster"), "{said}");
+}
+
+/// Only the log is gone, as where a volume is not mounted: nothing is served in its place, not even by a lone node.
+#[test]
+fn a_log_that_is_gone_is_asked_for() {
+    let mut cluster = Cluster::start(1);
+    let node = &mut cluster.nodes[0];
+    node.must_put("k", "v");
+    node.kill();
+    let (log, away) = (node.dir.join("wal"), node.dir.with_extension("away"));
+    fs::rename(&log, &away).unwrap();
+    node.start();
+    assert_eq!(node.wait().code(), Some(1));
+    assert!(node.log().lines().last().unwrap().contains("is gone; put it back"), "{}", node.log());
+    fs::rename(&away, &log).unwrap();
+    node.start();
+    node.wait_ready();
+    assert_eq!(node.must_get("k"), b"v");
 }
 
 /// A log that is older than what the member acknowledged: its disk lost data, and the leader's word tells.
