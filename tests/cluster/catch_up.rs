@@ -135,3 +135,28 @@ fn disk_use_levels_off() {
     assert!(most <= 5, "{most} files in the log's directory");
     assert!(snapshots(&cluster.nodes[0].dir) <= 3);
 }
+
+/// A snapshot of 256 MiB goes from file to file: neither side holds it beside the state that it is of.
+#[test]
+fn a_large_snapshot_takes_no_memory_of_its_own() {
+    const VALUES: u64 = 256;
+    let flags = ["--snapshot-log-bytes", "32MiB", "--snapshot-catchup-entries", "0", "--snapshot-keep", "1"];
+    let mut cluster = Cluster::with_flags(1, &flags);
+    cluster.start_all();
+    let value: Vec<u8> = (0..1 << 20).map(|n: u32| (n % 253) as u8).collect();
+    for n in 0..VALUES {
+        cluster.nodes[0].must_put(&format!("k{n}"), &value);
+    }
+    wait_for("the log is compacted", || {
+        (cluster.nodes[0].status()?["snapshot"]["log_from"].as_u64() > Some(200)).then_some(())
+    });
+    let (_, before) = cluster.nodes[0].memory();
+    let second = cluster.grow(0, 2);
+    cluster.must_agree();
+    let (_, sender) = cluster.nodes[0].memory();
+    let (_, receiver) = cluster.nodes[second].memory();
+    assert!(cluster.nodes[second].log().contains("snapshot installed"), "{}", cluster.nodes[second].log());
+    assert!(sender < before + (64 << 20), "the sender grew from {before} to {sender} bytes");
+    assert!(receiver < (VALUES << 20) + (128 << 20), "the receiver took {receiver} bytes");
+    assert_eq!(cluster.nodes[second].must_get("k255"), value);
+}

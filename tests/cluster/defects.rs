@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::harness::{Cluster, request};
+use crate::harness::{Cluster, request, wait_for};
 
 /// With the quorum gone it answered 204 to three writes, and one of them surfaced after recovery. Ours says 503 (not
 /// applied, and it never is) or 504 (outcome unknown), and what was acknowledged before is still there.
@@ -67,12 +67,14 @@ fn a_member_alone_says_so_and_serves_as_soon_as_there_are_two() {
 /// Its JSON snapshot destroyed what is no UTF-8.
 #[test]
 fn any_bytes_survive() {
-    let mut cluster = Cluster::start(1);
+    let mut cluster = Cluster::with_flags(1, &["--snapshot-count", "3", "--snapshot-catchup-entries", "0"]);
+    cluster.start_all();
     let value: Vec<u8> = (0..=255).collect();
     for key in ["%00", "%FF%FE/x", "a%20b", "a/../b", "a//b", "%2F", "%25"] {
         cluster.nodes[0].must_put(key, &value);
     }
     cluster.nodes[0].must_put("empty", "");
+    wait_for("a snapshot", || (cluster.nodes[0].status()?["snapshot"]["index"].as_u64() >= Some(7)).then_some(()));
     cluster.nodes[0].kill();
     cluster.nodes[0].start();
     cluster.nodes[0].wait_ready();

@@ -163,6 +163,16 @@ impl Node {
         wait_for(&format!("node {} ends\n{}", self.id, self.log()), || child.try_wait().unwrap())
     }
 
+    /// Memory in bytes: held now, and the most that was ever held.
+    pub fn memory(&self) -> (u64, u64) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid().as_raw_nonzero())).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+        };
+        (field("VmRSS:"), field("VmHWM:"))
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.process.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
     }
