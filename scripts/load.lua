@@ -1,13 +1,20 @@
--- wrk's side of scripts/load: PUTs of 128 bytes to random ones of 100,000 keys, then one line of figures.
+-- wrk's side of scripts/load and scripts/catchup: PUTs, then one line of figures. To random ones of 100,000 keys, with
+-- values of 128 bytes; or, with FROM in the environment, to one key after the other from that number on, with values of
+-- BYTES.
 
 local keys = 100000
-local value = string.rep("v", 128)
+local from = tonumber(os.getenv("FROM"))
+local value = string.rep("v", tonumber(os.getenv("BYTES")) or 128)
 
 function init()
     math.randomseed(os.time())
 end
 
 function request()
+    if from then
+        from = from + 1
+        return wrk.format("PUT", "/key-" .. from, nil, value)
+    end
     return wrk.format("PUT", "/key-" .. math.random(keys), nil, value)
 end
 

@@ -17,6 +17,10 @@ use crate::channel::{Commit, WriteImage};
 use crate::wal;
 use crate::wal::snapshot::{Meta, Snapshots};
 
+/// A snapshot larger than this is not followed by another until the log has grown by a quarter of its size, however
+/// many entries that takes: a large state that changes little by little is not written again and again.
+const SMALL_BYTES: u64 = 1 << 20;
+
 /// Ticks before another try, after a snapshot could not be written.
 const RETRY_TICKS: u64 = 100;
 
@@ -41,7 +45,8 @@ pub struct Policy {
 pub type Image = Box<dyn io::Read + Send>;
 
 enum Done {
-    Taken(Result<Meta, wal::Error>),
+    /// The snapshot, and the size of its file.
+    Taken(Result<(Meta, u64), wal::Error>),
     Opened(Box<Message>, Result<(Box<Meta>, Image), wal::Error>),
 }
 
@@ -51,8 +56,9 @@ pub struct Snapshotting {
     policy: Policy,
     /// Index of the last one, and the tick at which it was done.
     last: (u64, u64),
-    /// Bytes held in the log when the last one was done.
+    /// Bytes held in the log when the last one was done, and the size of its file.
     last_bytes: u64,
+    last_size_bytes: u64,
     taking: bool,
     not_before: u64,
     /// From the leader, stepped and not yet durable in the log.
@@ -68,6 +74,7 @@ impl Snapshotting {
             policy,
             last: (last, 0),
             last_bytes: 0,
+            last_size_bytes: 0,
             taking: false,
             not_before: 0,
             received: None,
@@ -101,8 +108,9 @@ impl<A: Send + 'static> Node<A> {
         let new = self.published - shots.last.0;
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
-        let by_bytes = self.core.held().1 >= shots.last_bytes + policy.log_bytes;
-        if !(wanted || new >= policy.count || by_time || by_bytes) {
+        let grown = self.core.held().1.saturating_sub(shots.last_bytes);
+        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes / 4;
+        if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }
         let term = self.core.term_at(self.published).expect("the last entry applied is held");
@@ -121,10 +129,10 @@ impl<A: Send + 'static> Node<A> {
 
     pub(super) fn on_snapshot_done(&mut self, done: Result<SnapshotDone, JoinError>) -> Result<(), Stopped> {
         match done.expect("work on a snapshot does not panic").0 {
-            Done::Taken(Ok(meta)) => {
-                info!(index = meta.index, "snapshot taken");
+            Done::Taken(Ok((meta, bytes))) => {
+                info!(index = meta.index, bytes, "snapshot taken");
                 self.snapshotting.taking = false;
-                self.forget_behind(&meta);
+                self.forget_behind(&meta, bytes);
             }
             Done::Taken(Err(error)) => {
                 warn!(%error, "no snapshot: the log grows until one can be written");
@@ -190,7 +198,7 @@ impl<A: Send + 'static> Node<A> {
     }
 
     /// What the snapshot covers may go, but for what slow followers may still need.
-    fn forget_behind(&mut self, meta: &Meta) {
+    fn forget_behind(&mut self, meta: &Meta, bytes: u64) {
         // A snapshot that was installed meanwhile is newer.
         if meta.index <= self.snapshotting.last.0 {
             return;
@@ -206,13 +214,14 @@ impl<A: Send + 'static> Node<A> {
         self.core.compact(metadata, keep_from);
         self.snapshotting.last = (meta.index, self.now);
         self.snapshotting.last_bytes = self.core.held().1;
+        self.snapshotting.last_size_bytes = bytes;
     }
 }
 
-fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<Meta, wal::Error> {
-    files.write(&meta, image)?;
+fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<(Meta, u64), wal::Error> {
+    let bytes = files.write(&meta, image)?;
     files.purge(keep, meta.index)?;
-    Ok(meta)
+    Ok((meta, bytes))
 }
 
 /// Who votes and who learns, in raft's own record.
