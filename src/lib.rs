@@ -6,11 +6,11 @@
 //!          api/       the client port: paths, statuses, limits
 //!            │
 //!           kv        the service: one meaning for each operation, whatever the protocol
-//!            │ Proposal (Write · Read · Status), a bounded channel
+//!            │ Proposal (Write · Read · Reconfigure · Status), a bounded channel
 //!          node/      one task around the raft core: drain, step, write, send, publish
 //!         ╱    ╲
 //!      wal/   transport/ ⇄ the other members, over HTTP
-//!            │ Commit (Apply · Skip · Barrier), in log order
+//!            │ Commit (Apply · Skip · Barrier · Snapshot · Restore), in log order
 //!          store/     the state in memory: applies, then answers whoever waits
 //! ```
 //!
@@ -35,6 +35,27 @@
 //!
 //! A GET asks the node for a barrier. One question to the leader (which asks a majority whether it still leads) serves
 //! all reads that wait; the answer is an index, and once this member has applied that much, its own state may be read.
+//!
+//! # A member's journey
+//!
+//! 1. `curl -XPOST -d http://…` reaches any member; [`kv`] sends a [`channel::Change`] up, and the [`node`] passes it on to
+//!    the leader.
+//! 2. The leader judges it against the members that there are, and refuses it with the reason, or proposes it. One
+//!    change is under way at a time. Once it is committed, every member knows the newcomer's address, and curl sees its 204.
+//! 3. The newcomer, started with `--join`, asks a member where it belongs ([`transport`]), and starts from the snapshot
+//!    that every founder started from. It is a learner, and counts for no majority.
+//! 4. It catches up by the log; or, where the leader has forgotten that part of it, by the leader's newest snapshot,
+//!    which goes from file to file, and the log behind it.
+//! 5. When it has what was committed when the leader first looked at it, the leader proposes by itself that it votes.
+//!
+//! A removal takes the same way. A leader that is to go hands over first.
+//!
+//! # Snapshots
+//!
+//! When one is due, the [`node`] asks the service for its state at exactly this place in the log
+//! ([`channel::Commit::Snapshot`]): a cheap view, written to a file elsewhere while writes go on. When the file is
+//! durable, the log behind it goes, but for what slow followers may need. A start reads the newest one that the log
+//! leads to.
 //!
 //! # Reading order
 //!

@@ -29,7 +29,8 @@ fn the_commands_of_the_readme_do_what_it_says() {
     for block in &blocks {
         if block.commands.starts_with("cargo run") {
             servers.push(checkout.serve(&block.commands));
-            checkout.must_run(&format!("{UNTIL_IT_SERVES} http://127.0.0.1:9121/readyz"));
+            let port = flag(&block.commands, "--port").unwrap_or("9121");
+            checkout.must_run(&format!("{UNTIL_IT_SERVES} http://127.0.0.1:{port}/readyz"));
             continue;
         }
         let printed = checkout.must_run(&block.commands);
@@ -106,7 +107,7 @@ const UNTIL_IT_SERVES: &str =
 /// Longer than anything takes on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-const PORTS: [u16; 8] = [9121, 9021, 12379, 12380, 22379, 22380, 32379, 32380];
+const PORTS: [u16; 10] = [9121, 9021, 12379, 12380, 22379, 22380, 32379, 32380, 42379, 42380];
 
 /// A fresh checkout, as far as a user of it sees, and the ports to itself.
 struct Checkout {
@@ -212,6 +213,11 @@ impl Drop for Server {
             child.wait().ok();
         }
     }
+}
+
+/// What stands behind a flag in a command line.
+fn flag<'a>(commands: &'a str, name: &str) -> Option<&'a str> {
+    commands.split_whitespace().skip_while(|word| *word != name).nth(1)
 }
 
 fn ports_are_free() -> Option<()> {

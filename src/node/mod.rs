@@ -2,7 +2,7 @@
 //! entries made durable, sends, and publishes what is committed. It waits for events only, never for a disk, a peer or
 //! the store. Bytes go up, an opaque answer `A` comes back: what is replicated is not its business.
 //!
-//! One turn: drain what waits, propose it in one go, then carry out what raft asks for ([`core`]). Everything that
+//! One turn: drain what waits, propose it in one go, then carry out what raft asks for (`core`). Everything that
 //! peers say passes `admit` first.
 
 mod admit;
