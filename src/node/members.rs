@@ -321,8 +321,8 @@ impl Members {
     /// of them would most likely know an earlier life of it. Not surely: where all that met it then are down, nobody is
     /// left to tell.
     pub fn may_vote(&self) -> bool {
-        let known_to = |founder: &&Member| founder.id == self.id || self.accepted_by.contains(&founder.id);
-        !self.fresh || self.founders.iter().filter(known_to).count() > self.founders.len() / 2
+        let known_to = |id: &&u64| **id == self.id || self.accepted_by.contains(id);
+        !self.fresh || self.voters.iter().filter(known_to).count() > self.voters.len() / 2
     }
 
     /// Keeps a vote request for the time when this node may vote.

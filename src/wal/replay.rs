@@ -67,13 +67,17 @@ impl Replay {
             return Err(format!("a compaction up to {index} of a log that ends at {last} after {:?}", self.base));
         }
         self.entries.retain(|entry| index < entry.index && entry.index <= last);
-        if self.entries.first().map_or(index, |first| first.index - 1) != index
-            || self.entries.len() as u64 != last - index
-        {
-            return Err(format!("entries between {index} and {last} are missing"));
+        let ends_at = self.entries.last().map(|entry| entry.index);
+        if self.entries.len() as u64 == last - index {
+            self.base = Some((index, term));
+            Ok(())
+        } else if self.base.is_none() && ends_at.is_none_or(|end| end == last) {
+            // What it kept was in segments that a later compaction freed: the record of that one tells where the log
+            // begins.
+            Ok(())
+        } else {
+            Err(format!("entries between {index} and {last} are missing"))
         }
-        self.base = Some((index, term));
-        Ok(())
     }
 
     /// Whether a record says that nothing before it is needed any more, not even entries above its index.
@@ -173,5 +177,18 @@ mod tests {
         assert_eq!(replay(false, vec![entry(1, 9), entry(2, 7), entry(2, 8), compacted.clone()]).unwrap(), [(2, 8)]);
         assert!(replay(false, vec![entry(1, 9), compacted]).is_err());
         assert!(replay(false, vec![entry(1, 8)]).unwrap_err().contains("are missing"));
+    }
+
+    /// The oldest segment that is left holds an old compaction, and the segments with what that one kept were freed by a
+    /// later one.
+    #[test]
+    fn an_old_compaction_waits_for_the_later_one() {
+        let compacted = |index, last| Record::Compacted { index, term: 1, last };
+        let log = vec![entry(1, 7), compacted(3, 7), entry(1, 8), compacted(7, 8), entry(1, 9)];
+        assert_eq!(replay(false, log).unwrap(), [(1, 8), (1, 9)]);
+        let log = vec![compacted(3, 7), entry(1, 8), entry(1, 9), compacted(8, 9)];
+        assert_eq!(replay(false, log).unwrap(), [(1, 9)]);
+        assert!(replay(false, vec![entry(1, 7), compacted(3, 7), entry(1, 8)]).is_err(), "none comes");
+        assert!(replay(false, vec![entry(1, 6), compacted(3, 7), entry(1, 7), compacted(5, 7)]).is_err(), "7 is lost");
     }
 }

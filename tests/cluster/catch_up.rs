@@ -130,6 +130,11 @@ fn disk_use_levels_off() {
     for n in 0..120 {
         cluster.nodes[0].must_put(&format!("k{}", n % 3), &value);
         most = most.max(segments(&cluster.nodes[0]));
+        if n % 30 == 29 {
+            cluster.nodes[0].kill();
+            cluster.nodes[0].start();
+            cluster.nodes[0].wait_ready();
+        }
     }
     // 120 MiB were written through segments of 16.
     assert!(most <= 5, "{most} files in the log's directory");
