@@ -1,6 +1,7 @@
 //! A log comes back as it was, whatever happened to it, or the start is refused: power lost at any operation, the last
 //! frame cut at any byte, any earlier bit flipped, a disk that fills or fails.
 
+mod history;
 mod snapshots;
 
 use std::collections::BTreeMap;
