@@ -75,6 +75,12 @@ pub enum Error {
         "the snapshot at {index} cannot be restored: {error}; remove this member and add the machine under a new ID"
     )]
     Image { index: u64, error: store::BadImage },
+    #[error(
+        "the snapshot at {index} holds the state at {found}; remove this member and add the machine under a new ID"
+    )]
+    WrongImage { index: u64, found: u64 },
+    #[error("--id {id}: no address of this member is known; give it in --cluster, or as --listen-peer")]
+    NoAddress { id: u64 },
     #[error(transparent)]
     Wal(#[from] wal::Error),
     #[error(transparent)]
@@ -93,9 +99,11 @@ impl Error {
             | Error::NotTheOwner { .. }
             | Error::AnotherCluster { .. }
             | Error::WasRemoved { .. }
-            | Error::NotAdded { .. } => 2,
+            | Error::NotAdded { .. }
+            | Error::NoAddress { .. } => 2,
             Error::Bind { .. }
             | Error::Image { .. }
+            | Error::WrongImage { .. }
             | Error::Wal(_)
             | Error::Node(_)
             | Error::Store(_)
@@ -351,7 +359,10 @@ impl SnapshotSink for Sink {
     }
 
     fn finish(self: Box<Self>) -> io::Result<(u64, u64)> {
-        let meta = self.0.finish().map_err(io::Error::other)?;
+        let meta = self.0.finish().map_err(|error| match error {
+            wal::Error::BadIncoming { .. } => io::Error::new(io::ErrorKind::InvalidData, error),
+            error => io::Error::other(error),
+        })?;
         Ok((meta.index, meta.term))
     }
 }

@@ -13,7 +13,7 @@ use tracing::{debug, info};
 
 use super::members::{LoggedChange, Verdict};
 use super::{Node, Stopped};
-use crate::channel::{self, Change, ChangeFailure, ChangeReply, Rejection, RequestId};
+use crate::channel::{self, Change, ChangeFailure, ChangeReply, Progress, Rejection, RequestId};
 use crate::transport::ProposeError;
 
 /// Changes that may wait at one node.
@@ -91,6 +91,11 @@ impl Changes {
     /// The answer of the leader that was asked about a change, when there is one.
     pub async fn answered(&mut self) -> Option<Result<(RequestId, Result<Bytes, ProposeError>), JoinError>> {
         self.asking.join_next().await
+    }
+
+    /// A change in the log came to nothing: whatever it was, none is under way.
+    pub fn passed_over(&mut self) {
+        self.in_flight = None;
     }
 
     /// This node learnt of its own removal, from the log or from a peer: whoever asked for it here has it.
@@ -215,8 +220,7 @@ impl<A: Send + 'static> Node<A> {
     }
 
     fn judge(&self, logged: &LoggedChange) -> Result<Verdict, ChangeFailure> {
-        let active = |id| self.core.progress(id).is_some_and(|progress| progress.active);
-        self.members.judge(logged, self.core.conf_state(), active)
+        self.members.judge(logged, self.core.conf_state(), |id| self.is_up(id))
     }
 
     /// The leader's word on a change that was forwarded.
@@ -312,11 +316,10 @@ impl<A: Send + 'static> Node<A> {
         let learners = self.core.conf_state().learners.clone();
         self.changes.rounds.retain(|id, _| learners.contains(id));
         for id in learners {
-            let Some(progress) = self.core.progress(id).filter(|progress| progress.active) else {
-                continue;
-            };
             let target = *self.changes.rounds.entry(id).or_insert(commit);
-            if progress.state != "replicate" || progress.matched < target {
+            // Not only while raft replicates to it: where nothing is written, it need not.
+            let caught_up = |progress: &Progress| progress.matched >= target && progress.state != "snapshot";
+            if !self.is_up(id) || !self.core.progress(id).as_ref().is_some_and(caught_up) {
                 continue;
             }
             let logged = LoggedChange { request: self.changes.next_request(), change: Change::Promote(id) };

@@ -281,6 +281,17 @@ impl Core {
         self.raw.store().reach_back(index, bytes)
     }
 
+    /// Up to where a follower's log goes, or the snapshot that it is being sent; only at the leader.
+    pub fn reached(&self, id: u64) -> Option<u64> {
+        let progress = self.raw.raft.prs().get(id).filter(|_| self.is_leader())?;
+        Some(progress.matched.max(progress.pending_snapshot))
+    }
+
+    /// The newest snapshot does not arrive anywhere: the next follower that needs one has a new one made.
+    pub fn forget_snapshot(&mut self) {
+        self.raw.mut_store().forget_snapshot();
+    }
+
     /// Whether a received snapshot is being made durable.
     pub fn is_restoring(&self) -> bool {
         self.restoring.is_some()

@@ -78,6 +78,10 @@ impl Mirror {
         self.snapshot = Some(snapshot);
     }
 
+    pub fn forget_snapshot(&mut self) {
+        self.snapshot = None;
+    }
+
     pub fn set_conf_state(&mut self, conf_state: ConfState) {
         self.conf_state = conf_state;
     }

@@ -17,7 +17,7 @@ mod pending;
 mod reads;
 mod snapshots;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -150,6 +150,8 @@ pub struct Node<A> {
     leadership: Leadership,
     /// The tick at which this node last came to lead.
     leading_since: u64,
+    /// The tick at which each member was last heard of.
+    heard: BTreeMap<u64, u64>,
     /// Whether this node stood for election ahead of time, which it does once.
     stood_first: bool,
     /// The tick at which a stopping node no longer waits for a successor.
@@ -185,6 +187,7 @@ impl<A: Send + 'static> Node<A> {
             published: meta.index,
             leadership: Leadership::default(),
             leading_since: 0,
+            heard: BTreeMap::new(),
             stood_first: false,
             stop_by: None,
             settings,
@@ -245,11 +248,12 @@ impl<A: Send + 'static> Node<A> {
     fn tick(&mut self) {
         self.now += 1;
         // Until it may vote, a fresh node stands for no election either.
-        if self.members.may_vote() {
+        if self.members.may_vote() || self.core.is_leader() {
             self.core.tick();
         }
         self.stand_first(true);
         self.tick_changes();
+        self.tick_snapshots();
         let why = if self.leadership.leader == 0 { Rejection::NoLeader } else { Rejection::Busy };
         let (rejected, unknown) = self.pending.expire(self.now, why);
         let unresolved = &self.ends.metrics.proposals_unresolved;
@@ -325,6 +329,8 @@ impl<A: Send + 'static> Node<A> {
         for entry in committed {
             if let Some((_, change)) = changes.next_if(|(index, _)| *index == entry.index) {
                 removed = removed.and(self.on_change_made(&change));
+            } else if entry.get_entry_type() == EntryType::EntryConfChangeV2 {
+                self.changes.passed_over();
             }
             self.published = entry.index;
             commits.push(self.commit(entry)?);

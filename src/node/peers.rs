@@ -19,7 +19,7 @@ impl<A: Send + 'static> Node<A> {
         match event {
             transport::Event::Message(message) => return self.on_message(message),
             transport::Event::Snapshot { message } => self.on_snapshot(message),
-            transport::Event::SnapshotSent { peer, delivered } => self.core.report_snapshot(peer, delivered),
+            transport::Event::SnapshotSent { peer, delivered } => self.on_snapshot_sent(peer, delivered),
             transport::Event::Reconfigure { body, reply, .. } => self.on_foreign_change(&body, reply),
             transport::Event::Introduce { id, urls, reply } => {
                 channel::answer(reply, self.introduce(Member { id, urls }));
@@ -55,9 +55,12 @@ impl<A: Send + 'static> Node<A> {
         if let Err(refusal) = admit(&message, &self.core) {
             return self.on_refused(&message, refusal);
         }
+        self.heard.insert(message.from, self.now);
         let asks_for_vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
         if asks_for_vote && !self.members.may_vote() {
             self.members.hold_vote(message);
+        } else if kind == MessageType::MsgTimeoutNow && !self.members.may_vote() {
+            self.count_refused("no vote yet");
         } else if kind == MessageType::MsgAppend && !self.has_room_for(&message) {
             // As good as lost on its way: the leader sends it again.
             self.count_refused("no room in the log");
@@ -91,6 +94,12 @@ impl<A: Send + 'static> Node<A> {
 
     pub(super) fn count_refused(&self, reason: &'static str) {
         self.ends.metrics.messages_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Whether a member was heard of within an election time-out.
+    pub(super) fn is_up(&self, id: u64) -> bool {
+        let heard = |tick: &u64| self.now - tick <= self.settings.election_ticks as u64;
+        id == self.settings.id || self.heard.get(&id).is_some_and(heard)
     }
 
     fn has_room_for(&self, append: &Message) -> bool {

@@ -2,6 +2,7 @@
 //! installed. The service writes its state on a thread of its own; the node only says where in the log, adds the
 //! membership of that place, and hears when the file is durable.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,15 @@ use crate::wal::snapshot::{Meta, Snapshots};
 /// A snapshot larger than this is not followed by another until the log has grown by a quarter of its size, however
 /// many entries that takes: a large state that changes little by little is not written again and again.
 const SMALL_BYTES: u64 = 1 << 20;
+
+/// Bytes of command kept for members that are up and far behind.
+const SLOW_BYTES_MAX: u64 = 256 << 20;
+
+/// Ticks between a failed transfer and the next, more with each failure.
+const FAILURE_TICKS: u64 = 5;
+
+/// Transfers of one snapshot to one member that may fail before it is taken for damaged, and a new one is made.
+const FAILURES_MAX: u64 = 3;
 
 /// Ticks before another try, after a snapshot could not be written.
 const RETRY_TICKS: u64 = 100;
@@ -47,6 +57,7 @@ pub type Image = Box<dyn io::Read + Send>;
 enum Done {
     /// The snapshot, and the size of its file.
     Taken(Result<(Meta, u64), wal::Error>),
+    Purged(Result<(), wal::Error>),
     Opened(Box<Message>, Result<(Box<Meta>, Image), wal::Error>),
 }
 
@@ -63,6 +74,8 @@ pub struct Snapshotting {
     not_before: u64,
     /// From the leader, stepped and not yet durable in the log.
     received: Option<(Box<Meta>, Image)>,
+    /// Members to which transfers failed: how many in a row, and the tick at which raft is told of the last.
+    failed: BTreeMap<u64, (u64, u64)>,
     work: JoinSet<Done>,
 }
 
@@ -78,6 +91,7 @@ impl Snapshotting {
             taking: false,
             not_before: 0,
             received: None,
+            failed: BTreeMap::new(),
             work: JoinSet::new(),
         }
     }
@@ -100,7 +114,8 @@ impl<A: Send + 'static> Node<A> {
     /// Asks the service for its state at this place in the log, if a snapshot is due.
     pub(super) fn snapshot_if_due(&mut self, commits: &mut Vec<Commit<A>>) {
         let shots = &self.snapshotting;
-        if shots.taking || shots.not_before > self.now || self.published <= shots.last.0 {
+        // While a received one is made durable, raft is ahead of what is published.
+        if self.core.is_restoring() || shots.taking || shots.not_before > self.now || self.published <= shots.last.0 {
             return;
         }
         let wanted = self.core.take_snapshot_wanted();
@@ -139,10 +154,36 @@ impl<A: Send + 'static> Node<A> {
                 self.snapshotting.taking = false;
                 self.snapshotting.not_before = self.now + RETRY_TICKS;
             }
+            Done::Purged(Ok(())) => {}
+            Done::Purged(Err(error)) => warn!(%error, "old snapshots stay until the next is taken"),
             Done::Opened(message, Ok(opened)) => return self.step_snapshot(*message, opened),
             Done::Opened(message, Err(error)) => warn!(from = message.from, %error, "a received snapshot is lost"),
         }
         Ok(())
+    }
+
+    /// How a transfer ended. Raft sends again as soon as it hears of a failure, so it hears of each later.
+    pub(super) fn on_snapshot_sent(&mut self, peer: u64, delivered: bool) {
+        if delivered {
+            self.snapshotting.failed.remove(&peer);
+            self.core.report_snapshot(peer, true);
+            return;
+        }
+        let (failures, report_at) = self.snapshotting.failed.entry(peer).or_default();
+        *failures += 1;
+        *report_at = self.now + *failures * FAILURE_TICKS;
+        if *failures % FAILURES_MAX == 0 {
+            self.core.forget_snapshot();
+        }
+    }
+
+    pub(super) fn tick_snapshots(&mut self) {
+        let now = self.now;
+        let due: Vec<u64> =
+            self.snapshotting.failed.iter().filter(|(_, (_, at))| *at == now).map(|(peer, _)| *peer).collect();
+        for peer in due {
+            self.core.report_snapshot(peer, false);
+        }
     }
 
     /// A snapshot from the leader, verified and durable as a file. It counts once the log says so.
@@ -194,18 +235,27 @@ impl<A: Send + 'static> Node<A> {
         self.published = meta.index;
         self.snapshotting.last = (meta.index, self.now);
         self.snapshotting.last_bytes = 0;
+        let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
+        self.snapshotting.work.spawn(async move {
+            let purged = spawn_blocking(move || files.purge(keep, index)).await;
+            Done::Purged(purged.expect("removing files does not panic"))
+        });
         commits.push(Commit::Restore { index: meta.index, image });
     }
 
     /// What the snapshot covers may go, but for what slow followers may still need.
     fn forget_behind(&mut self, meta: &Meta, bytes: u64) {
-        // A snapshot that was installed meanwhile is newer.
-        if meta.index <= self.snapshotting.last.0 {
+        // A snapshot that came meanwhile is newer.
+        if self.core.is_restoring() || meta.index <= self.snapshotting.last.0 {
             return;
         }
         let policy = &self.snapshotting.policy;
         let by_entries = meta.index.saturating_sub(policy.catchup_entries);
-        let keep_from = by_entries.max(self.core.reach_back(meta.index, policy.catchup_bytes)).min(meta.index);
+        let keep_from = by_entries.max(self.core.reach_back(meta.index, policy.catchup_bytes));
+        // Who is on the way to catch up must find the entries behind its snapshot, or it would need one after the other.
+        let followers = self.members.iter().filter(|member| self.is_up(member.id));
+        let slowest = followers.filter_map(|member| self.core.reached(member.id)).min().unwrap_or(keep_from);
+        let keep_from = keep_from.min(slowest.max(self.core.reach_back(meta.index, SLOW_BYTES_MAX))).min(meta.index);
         let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
         metadata.set_conf_state(conf_state(meta));
         if let Some(term) = self.core.term_at(keep_from).filter(|_| keep_from > self.core.held().0) {

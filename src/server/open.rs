@@ -72,6 +72,9 @@ async fn restart(config: &Config, identity: Identity, log: &Options, metrics: &A
         Some(meta) => {
             let (_, image) = snapshots.read(meta.index, meta.term)?;
             let state = read_image(image).map_err(|error| Error::Image { index: meta.index, error })?;
+            if state.applied() != meta.index {
+                return Err(Error::WrongImage { index: meta.index, found: state.applied() });
+            }
             (meta, state)
         }
         None => (founding.clone(), State::founded(founding.index)),
@@ -80,6 +83,9 @@ async fn restart(config: &Config, identity: Identity, log: &Options, metrics: &A
     let members = node::members_in_log(&meta, &recovered.entries);
     check_cluster(config, &members, &recovered.founders)?;
     let urls = urls_of(&members, config.id).or_else(|| urls_of(&config.cluster, config.id)).unwrap_or_default();
+    if urls.is_empty() && config.listen_peer.is_none() {
+        return Err(Error::NoAddress { id: config.id });
+    }
     let listeners = bind::peers(config, &urls).await?;
     Ok(Opened { identity, wal, recovered, snapshots, meta, state, members, urls, listeners })
 }
@@ -110,6 +116,9 @@ async fn first_start(config: &Config, log: &Options, metrics: &Arc<Metrics>) -> 
 async fn join(config: &Config, urls: &[PeerUrl]) -> Result<Introduction, Error> {
     let others: Vec<&PeerUrl> =
         config.cluster.iter().filter(|member| member.id != config.id).flat_map(|member| &member.urls).collect();
+    if others.is_empty() {
+        return Err(Error::NotAdded { id: config.id, refusals: "--cluster lists no other member to ask".to_owned() });
+    }
     let patience = Instant::now() + config.request_timeout;
     let mut told = false;
     loop {

@@ -49,7 +49,17 @@ fn a_lone_node_restarts_from_its_snapshot() {
 /// it starts again, and again.
 #[test]
 fn who_was_away_for_long_is_caught_up_by_a_snapshot() {
-    let mut cluster = Cluster::with_flags(3, SMALL);
+    caught_up_by_a_snapshot(SMALL);
+}
+
+/// The same where a snapshot of its own falls due all the time, while it installs the leader's too.
+#[test]
+fn snapshots_that_come_and_snapshots_that_are_due_do_not_meet() {
+    caught_up_by_a_snapshot(&[SMALL, &["--snapshot-interval", "100ms", "--snapshot-min-entries", "1"]].concat());
+}
+
+fn caught_up_by_a_snapshot(flags: &[&str]) {
+    let mut cluster = Cluster::with_flags(3, flags);
     cluster.start_all();
     let mut acknowledged = BTreeMap::new();
     fill(&cluster, 0, "before", 10, &mut acknowledged);
@@ -72,6 +82,35 @@ fn who_was_away_for_long_is_caught_up_by_a_snapshot() {
     cluster.must_hold(&acknowledged);
     cluster.nodes.iter_mut().for_each(|node| node.kill());
     cluster.start_all();
+    cluster.must_agree();
+    cluster.must_hold(&acknowledged);
+}
+
+/// A snapshot at the leader is damaged when a follower needs it: another is made, and sent.
+#[test]
+fn a_damaged_snapshot_is_made_anew() {
+    let mut cluster = Cluster::with_flags(2, SMALL);
+    cluster.nodes[0].start();
+    cluster.nodes[1].start();
+    cluster.nodes[0].wait_ready();
+    cluster.grow(0, 3);
+    let away = cluster.follower();
+    let leader = cluster.leader();
+    cluster.nodes[away].kill();
+    let mut acknowledged = BTreeMap::new();
+    fill(&cluster, leader, "k", 200, &mut acknowledged);
+    wait_for("a quiet leader", || {
+        let status = cluster.nodes[leader].status()?;
+        (status["snapshot"]["index"].as_u64()? + 50 > status["applied"].as_u64()?).then_some(())
+    });
+    for file in fs::read_dir(cluster.nodes[leader].dir.join("snap")).unwrap().map(|entry| entry.unwrap().path()) {
+        let mut bytes = fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&file, bytes).unwrap();
+    }
+    cluster.nodes[away].start();
+    cluster.nodes[away].wait_ready();
     cluster.must_agree();
     cluster.must_hold(&acknowledged);
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::harness::{Cluster, free_port, wait_for};
+use crate::harness::{Cluster, free_port, raftkv, wait_for};
 
 /// Steps 5 and 6 of raftexample's walkthrough, with no wait between the steps.
 #[test]
@@ -118,6 +118,39 @@ fn nothing_is_lost_while_members_come_and_go() {
     assert!(acknowledged.len() > 20);
     cluster.must_agree();
     cluster.must_hold(&acknowledged);
+}
+
+/// The founders go one after the other; those who joined elect a leader among themselves, and it takes newcomers in.
+#[test]
+fn a_cluster_outlives_its_founders() {
+    let mut cluster = Cluster::start(1);
+    cluster.nodes[0].must_put("k", "v");
+    for id in [2, 3, 4] {
+        cluster.grow(0, id);
+    }
+    cluster.nodes[1].must_remove(1);
+    assert_eq!(cluster.nodes[0].wait().code(), Some(0));
+    let leader = cluster.leader();
+    cluster.nodes[leader].kill();
+    let survivor = if leader == 3 { 2 } else { 3 };
+    cluster.nodes[survivor].must_put("k", "w");
+    cluster.nodes[leader].start();
+    cluster.nodes[leader].wait_ready();
+    cluster.grow(survivor, 5);
+    cluster.must_agree();
+}
+
+/// A list that names only the newcomer leaves nobody to ask.
+#[test]
+fn a_newcomer_needs_somebody_to_ask() {
+    let root = tempfile::tempdir().unwrap();
+    let url = format!("http://127.0.0.1:{}", free_port());
+    let output = raftkv(&["--join", "--cluster", &url, "--port", &free_port().to_string(), "--data-dir"])
+        .arg(root.path().join("data"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no other member to ask"));
 }
 
 struct StopOnDrop<'a>(&'a AtomicBool);
