@@ -37,11 +37,17 @@ impl<A: Send + 'static> Node<A> {
         }
     }
 
-    /// Whether entries with commands of these sizes find room in the log, with some left for terms and votes. What goes
-    /// in without it could be what stops the node on a full disk.
-    pub(super) fn may_append(&self, sizes: impl Iterator<Item = usize>) -> bool {
+    /// Whether entries with commands of these sizes find room in the log, with some left for terms and votes; if so, it
+    /// is theirs. What went in without it could be what stops the node on a full disk.
+    pub(super) fn may_append(&mut self, sizes: impl Iterator<Item = usize>) -> bool {
         let bytes: u64 = sizes.map(|size| (size + ENTRY_OVERHEAD_BYTES) as u64).sum();
-        self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX && self.ends.wal.has_room_for(bytes + RESERVE_BYTES)
+        let entering = self.entering_bytes + bytes;
+        let fits =
+            self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX && self.ends.wal.has_room_for(entering + RESERVE_BYTES);
+        if fits {
+            self.entering_bytes = entering;
+        }
+        fits
     }
 
     /// Why no write is taken now, here or from another member.

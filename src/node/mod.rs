@@ -140,6 +140,8 @@ pub struct Node<A> {
     writing: VecDeque<(u64, Durable)>,
     last_write: u64,
     room: Room,
+    /// Bytes of entries that raft was given in this turn and the log was not yet.
+    entering_bytes: u64,
     /// Ticks since the start.
     now: u64,
     request_ticks: u64,
@@ -181,6 +183,7 @@ impl<A: Send + 'static> Node<A> {
             writing: VecDeque::new(),
             last_write: 0,
             room: Room::Ok,
+            entering_bytes: 0,
             now: 0,
             request_ticks,
             propose_from: 0,
@@ -318,6 +321,7 @@ impl<A: Send + 'static> Node<A> {
         for core::Write { number, snapshot, entries, hard_state } in writes {
             self.write(Append { snapshot, entries, hard_state, ..Append::default() }, Durable::Ready(number));
         }
+        self.entering_bytes = 0;
         self.send(messages);
         let mut commits = Vec::with_capacity(committed.len() + 2);
         if let Some(metadata) = restored {

@@ -102,7 +102,7 @@ impl<A: Send + 'static> Node<A> {
         id == self.settings.id || self.heard.get(&id).is_some_and(heard)
     }
 
-    fn has_room_for(&self, append: &Message) -> bool {
+    fn has_room_for(&mut self, append: &Message) -> bool {
         append.entries.is_empty() || self.may_append(append.entries.iter().map(|entry| entry.data.len()))
     }
 

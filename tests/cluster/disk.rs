@@ -104,14 +104,17 @@ fn a_disk_that_fills_up_under_load_stops_nobody() {
         return;
     };
     wait_for("it is ready", || request("GET", port, "/readyz", b"").ok().filter(|answer| answer.status == 200));
+    let log = &dir.with_extension("log");
     std::thread::scope(|scope| {
         for writer in 0..32 {
             scope.spawn(move || {
                 for n in 0..64 {
-                    match request("PUT", port, &format!("/{writer}-{n}"), &vec![7; 1 << 20]).unwrap() {
+                    let answer = request("PUT", port, &format!("/{writer}-{n}"), &vec![7; 1 << 20]);
+                    match answer.unwrap_or_else(|error| panic!("{error}\n{}", fs::read_to_string(log).unwrap())) {
                         answer if answer.status == 204 => {}
                         answer => {
-                            assert_eq!(answer.status, 507, "{}", answer.text());
+                            let said = fs::read_to_string(log).unwrap();
+                            assert_eq!(answer.status, 507, "{}\n{said}", answer.text());
                             return;
                         }
                     }
@@ -121,5 +124,6 @@ fn a_disk_that_fills_up_under_load_stops_nobody() {
         }
     });
     assert!(disk.child.try_wait().unwrap().is_none(), "it goes on");
-    assert_eq!(request("GET", port, "/0-0", b"").unwrap().body.len(), 1 << 20);
+    let status = request("GET", port, "/status", b"").unwrap().json();
+    assert_eq!((&status["wal"]["full"], status["keys"].as_u64() > Some(0)), (&true.into(), true), "{status}");
 }
