@@ -101,6 +101,12 @@ pub enum Stopped {
     )]
     OtherDirectory { peer: u64 },
     #[error(
+        "member {peer} met a later start of this member: another process runs on a copy of this member's data directory \
+         (or ran on it later). A member must never run twice. Stop the other one; if this directory is the older copy, \
+         remove this member and add the machine under a new ID"
+    )]
+    Superseded { peer: u64 },
+    #[error(
         "leader {leader} has entries up to {commit} as acknowledged by this member, whose log ends at {last}: its disk \
          lost data. Remove this member from the cluster and add the machine under a new ID, with an empty directory"
     )]

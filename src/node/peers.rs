@@ -44,6 +44,9 @@ impl<A: Send + 'static> Node<A> {
             transport::Event::Refused { peer, refusal: transport::Refusal::OtherNonce } => {
                 return Err(Stopped::OtherDirectory { peer });
             }
+            transport::Event::Refused { peer, refusal: transport::Refusal::Superseded } => {
+                return Err(Stopped::Superseded { peer });
+            }
             transport::Event::Refused { refusal: transport::Refusal::Removed, .. } => return Err(Stopped::Removed),
             transport::Event::Refused { peer, refusal } => debug!(peer, ?refusal, "refused"),
         }

@@ -122,7 +122,7 @@ pub enum ExchangeError {
 }
 
 /// Sends one request over an idle connection or a new one, and reads the whole answer. The answer is the peer's: cluster,
-/// sender and nonce were checked.
+/// sender, nonce and boot were checked.
 pub async fn exchange(hub: &Hub, peer: &Peer, mut request: Request<Full<Bytes>>) -> Result<Answer, ExchangeError> {
     loop {
         let idle = locked(&peer.idle).pop();
@@ -204,10 +204,14 @@ fn keep(peer: &Peer, sender: Sender) {
     }
 }
 
-/// Checks that the peer that answers is the one that was called, with the data directory that the node knows.
+/// Checks that the peer that answers is the one that was called, with the data directory that the node knows, and
+/// by no earlier start than one that was met.
 pub async fn verify<T>(hub: &Hub, peer: &Peer, response: &Response<T>) -> Result<Responder, Denied> {
     let checked = match hub.identity.check_response(response.headers(), peer.id) {
-        Ok(responder) => hub.meet(peer.id, responder.nonce).await.map(|()| responder),
+        Ok(responder) => match hub.meet(peer.id, responder.life.nonce).await {
+            Ok(()) => peer.greet(responder.life).map(|()| responder).map_err(Denied::from),
+            Err(denied) => Err(denied),
+        },
         Err(refusal) => Err(refusal.into()),
     };
     if let Err(denied) = &checked {
@@ -222,7 +226,7 @@ pub async fn refusal<T>(hub: &Hub, peer: &Peer, response: &Response<T>) -> Optio
     let refusal = handshake::refusal(response.headers())?;
     match refusal {
         Refusal::ClusterMismatch | Refusal::WrongReceiver | Refusal::Version => Some(refusal),
-        Refusal::OtherNonce | Refusal::NotAMember | Refusal::Removed => {
+        Refusal::OtherNonce | Refusal::Superseded | Refusal::NotAMember | Refusal::Removed => {
             verify(hub, peer, response).await.is_ok().then_some(refusal)
         }
     }

@@ -29,6 +29,7 @@ const TO: HeaderName = HeaderName::from_static("x-raft-to");
 const CLUSTER: HeaderName = HeaderName::from_static("x-raft-cluster-id");
 const PROTOCOL: HeaderName = HeaderName::from_static("x-raft-version");
 const NONCE: HeaderName = HeaderName::from_static("x-raft-nonce");
+const BOOT: HeaderName = HeaderName::from_static("x-raft-boot");
 const URLS: HeaderName = HeaderName::from_static("x-raft-peer-urls");
 const LEADER: HeaderName = HeaderName::from_static("x-raft-leader");
 pub const REFUSAL: HeaderName = HeaderName::from_static("x-raft-refusal");
@@ -44,6 +45,8 @@ pub enum Refusal {
     Version,
     #[error("this ID was used with another data directory")]
     OtherNonce,
+    #[error("a later start of the same member was met: its data directory was copied, or an old process speaks late")]
+    Superseded,
     #[error("the sender is not a member, as far as it knows")]
     NotAMember,
     #[error("the sender was removed from the cluster")]
@@ -51,11 +54,12 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    const ALL: [Refusal; 6] = [
+    const ALL: [Refusal; 7] = [
         Refusal::ClusterMismatch,
         Refusal::WrongReceiver,
         Refusal::Version,
         Refusal::OtherNonce,
+        Refusal::Superseded,
         Refusal::NotAMember,
         Refusal::Removed,
     ];
@@ -67,6 +71,7 @@ impl Refusal {
             Refusal::WrongReceiver => "wrong-receiver",
             Refusal::Version => "version",
             Refusal::OtherNonce => "other-nonce",
+            Refusal::Superseded => "superseded",
             Refusal::NotAMember => "not-a-member",
             Refusal::Removed => "removed",
         }
@@ -126,7 +131,11 @@ impl Denied {
             Denied::NotFound => StatusCode::NOT_FOUND,
             Denied::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Denied::Refused(
-                Refusal::ClusterMismatch | Refusal::WrongReceiver | Refusal::Version | Refusal::OtherNonce,
+                Refusal::ClusterMismatch
+                | Refusal::WrongReceiver
+                | Refusal::Version
+                | Refusal::OtherNonce
+                | Refusal::Superseded,
             ) => StatusCode::PRECONDITION_FAILED,
             Denied::Refused(Refusal::NotAMember) | Denied::NotIntroduced(_) => StatusCode::FORBIDDEN,
             Denied::Refused(Refusal::Removed) => StatusCode::GONE,
@@ -145,14 +154,23 @@ impl Denied {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     pub id: u64,
-    pub nonce: u64,
+    pub life: Life,
     pub urls: Vec<PeerUrl>,
+}
+
+/// Which data directory a member runs on, and which of its starts this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Life {
+    /// Of the directory. Copies have the same.
+    pub nonce: u64,
+    /// Rises with each start on the directory.
+    pub boot: u64,
 }
 
 /// The sender of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Responder {
-    pub nonce: u64,
+    pub life: Life,
     /// The leader it knows, 0 for none.
     pub leader: u64,
 }
@@ -161,13 +179,13 @@ pub struct Responder {
 pub struct Identity {
     pub id: u64,
     pub cluster: u64,
-    nonce: u64,
+    life: Life,
     urls: HeaderValue,
 }
 
 impl Identity {
-    pub fn new(id: u64, cluster: u64, nonce: u64, urls: &[PeerUrl]) -> Self {
-        Identity { id, cluster, nonce, urls: joined(urls) }
+    pub fn new(id: u64, cluster: u64, life: Life, urls: &[PeerUrl]) -> Self {
+        Identity { id, cluster, life, urls: joined(urls) }
     }
 
     /// A request to member `to` that carries all headers.
@@ -199,10 +217,11 @@ impl Identity {
     fn sign(&self, headers: &mut HeaderMap) {
         headers.insert(FROM, self.id.into());
         headers.insert(CLUSTER, hex(self.cluster));
-        headers.insert(NONCE, hex(self.nonce));
+        headers.insert(NONCE, hex(self.life.nonce));
+        headers.insert(BOOT, self.life.boot.into());
     }
 
-    /// Checks all of a request's headers but the nonce, which takes the node to judge.
+    /// Checks all of a request's headers but the nonce, which takes the node to judge, and the boot, which takes memory.
     pub fn check_request(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
         if decimal(headers, &PROTOCOL).ok_or(Denied::Malformed("X-Raft-Version"))? != VERSION {
             return Err(Refusal::Version.into());
@@ -211,6 +230,7 @@ impl Identity {
         let to = decimal(headers, &TO).ok_or(Denied::Malformed("X-Raft-To"))?;
         let cluster = from_hex(headers, &CLUSTER).ok_or(Denied::Malformed("X-Raft-Cluster-ID"))?;
         let nonce = from_hex(headers, &NONCE).ok_or(Denied::Malformed("X-Raft-Nonce"))?;
+        let boot = decimal(headers, &BOOT).ok_or(Denied::Malformed("X-Raft-Boot"))?;
         let urls = urls(headers).ok_or(Denied::Malformed("X-Raft-Peer-URLs"))?;
         if cluster != self.cluster {
             return Err(Refusal::ClusterMismatch.into());
@@ -221,7 +241,7 @@ impl Identity {
         if id == self.id {
             return Err(Denied::Malformed("X-Raft-From is the receiver"));
         }
-        Ok(Caller { id, nonce, urls })
+        Ok(Caller { id, life: Life { nonce, boot }, urls })
     }
 
     /// Checks that a response comes from member `peer` of this cluster. The error says what was found instead.
@@ -229,9 +249,9 @@ impl Identity {
         if from_hex(headers, &CLUSTER) != Some(self.cluster) {
             return Err(Refusal::ClusterMismatch);
         }
-        match (decimal(headers, &FROM), from_hex(headers, &NONCE)) {
-            (Some(from), Some(nonce)) if from == peer => {
-                Ok(Responder { nonce, leader: decimal(headers, &LEADER).unwrap_or(0) })
+        match (decimal(headers, &FROM), from_hex(headers, &NONCE), decimal(headers, &BOOT)) {
+            (Some(from), Some(nonce), Some(boot)) if from == peer => {
+                Ok(Responder { life: Life { nonce, boot }, leader: decimal(headers, &LEADER).unwrap_or(0) })
             }
             _ => Err(Refusal::WrongReceiver),
         }
@@ -299,11 +319,13 @@ fn urls(headers: &HeaderMap) -> Option<Vec<PeerUrl>> {
 mod tests {
     use super::*;
 
+    const LIFE: Life = Life { nonce: 0xabc, boot: 7 };
+
     fn identity(id: u64, cluster: u64) -> Identity {
         Identity::new(
             id,
             cluster,
-            0xabc,
+            LIFE,
             &[PeerUrl::parse("http://a:1").unwrap(), PeerUrl::parse("http://b:2").unwrap()],
         )
     }
@@ -315,7 +337,7 @@ mod tests {
     #[test]
     fn a_caller_is_who_it_says() {
         let caller = identity(2, 9).check_request(&request(&identity(1, 9), 2)).unwrap();
-        assert_eq!((caller.id, caller.nonce, caller.urls.len()), (1, 0xabc, 2));
+        assert_eq!((caller.id, caller.life, caller.urls.len()), (1, LIFE, 2));
     }
 
     #[test]
@@ -337,6 +359,7 @@ mod tests {
             (CLUSTER, "9"),
             (PROTOCOL, "one"),
             (NONCE, "+00000000000000a"),
+            (BOOT, "-1"),
             (URLS, "http://a:1/"),
             (FROM, "18446744073709551616"),
         ] {
@@ -356,10 +379,12 @@ mod tests {
         let mut headers = HeaderMap::new();
         identity(2, 9).sign_response(&mut headers, 3);
         let us = identity(1, 9);
-        assert_eq!(us.check_response(&headers, 2), Ok(Responder { nonce: 0xabc, leader: 3 }));
+        assert_eq!(us.check_response(&headers, 2), Ok(Responder { life: LIFE, leader: 3 }));
         assert_eq!(us.check_response(&headers, 4), Err(Refusal::WrongReceiver));
         assert_eq!(identity(1, 8).check_response(&headers, 2), Err(Refusal::ClusterMismatch));
         assert_eq!(us.check_response(&HeaderMap::new(), 2), Err(Refusal::ClusterMismatch));
+        headers.remove(BOOT);
+        assert_eq!(us.check_response(&headers, 2), Err(Refusal::WrongReceiver));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::frame::{Frame, FrameError};
-use super::handshake::{Caller, Denied, Identity, Refusal};
+use super::handshake::{Caller, Denied, Identity, Life, Refusal};
 use super::peer::{Admission, Peer, PeerStatus};
 use super::snapshot::{self, SnapshotFiles};
 use super::{Event, IO_TIMEOUT, Meeting, Settings, locked, pipeline, probe, stream};
@@ -63,7 +63,7 @@ impl Hub {
     pub fn new(settings: Settings, events: mpsc::Sender<Event>, stop: CancellationToken) -> Arc<Hub> {
         let Settings { id, cluster, nonce, boot, urls, metrics, snapshots } = settings;
         Arc::new(Hub {
-            identity: Identity::new(id, cluster, nonce, &urls),
+            identity: Identity::new(id, cluster, Life { nonce, boot }, &urls),
             boot,
             metrics,
             stop,
@@ -184,13 +184,14 @@ impl Hub {
     /// The peer that makes a request, if it may. A member that was away does not know those who joined meanwhile, and
     /// may need their entries to learn of them: whom the node accepts becomes a peer, at the URLs it names.
     pub async fn admit(self: &Arc<Self>, caller: Caller) -> Result<Arc<Peer>, Denied> {
-        self.meet(caller.id, caller.nonce).await?;
+        self.meet(caller.id, caller.life.nonce).await?;
         let mut peers = locked(&self.peers);
-        if !self.has_met(caller.id, caller.nonce) {
+        if !self.has_met(caller.id, caller.life.nonce) {
             // Dropped since: the node has another verdict for its next try.
             return Err(Denied::Busy);
         }
         if let Some(peer) = peers.get(&caller.id) {
+            peer.greet(caller.life)?;
             peer.visit(caller.urls);
             return Ok(peer.clone());
         }
@@ -199,6 +200,7 @@ impl Hub {
         }
         tracing::info!(peer = caller.id, "a member that we do not know yet introduced itself");
         let peer = self.start_peer(caller.id, caller.urls, true);
+        peer.greet(caller.life)?;
         peers.insert(caller.id, peer.clone());
         Ok(peer)
     }

@@ -2,8 +2,9 @@
 //! another; a refusal says its reason in a status, a header and a line of text.
 
 use std::convert::Infallible;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -29,7 +30,9 @@ use super::propose::{PROPOSE_BYTES_MAX, decode_proposals, encode_outcomes};
 use super::stream::Outgoing;
 use super::{Event, IO_TIMEOUT, introduce, snapshot};
 
-/// For the head of a request; an idle connection that is kept for the next request is closed after it, too.
+/// From a connection's start to the end of its first request's head: who says nothing must not keep members out.
+const FIRST_HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// For the head of each further request; an idle connection that is kept for the next one is closed after it, too.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Read and write buffers of a connection. Small, so that little bulk is ahead of a heartbeat.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
@@ -58,7 +61,9 @@ pub async fn serve(hub: Arc<Hub>, listener: TcpListener) {
 }
 
 async fn serve_connection(hub: Arc<Hub>, stream: TcpStream, connection: CancellationToken) {
+    let asked = AtomicBool::new(false);
     let service = service_fn(|request| {
+        asked.store(true, Ordering::Relaxed);
         let (hub, connection) = (hub.clone(), connection.clone());
         async move { Ok::<_, Infallible>(answer(hub, connection, request).await) }
     });
@@ -67,7 +72,18 @@ async fn serve_connection(hub: Arc<Hub>, stream: TcpStream, connection: Cancella
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service);
-    if let Err(error) = served.await {
+    let mut served = pin!(served);
+    let outcome = tokio::select! {
+        outcome = &mut served => outcome,
+        () = sleep(FIRST_HEAD_TIMEOUT) => {
+            if !asked.load(Ordering::Relaxed) {
+                tracing::debug!("a connection from a peer asked nothing");
+                return;
+            }
+            served.await
+        }
+    };
+    if let Err(error) = outcome {
         tracing::debug!(%error, "a connection from a peer ended");
     }
 }

@@ -24,6 +24,7 @@ mod peer;
 mod pipeline;
 mod probe;
 mod propose;
+mod seldom;
 mod snapshot;
 mod stream;
 #[cfg(test)]
@@ -59,7 +60,8 @@ pub struct Settings {
     pub cluster: u64,
     /// Of the data directory: tells a member from one that lost its data.
     pub nonce: u64,
-    /// Of this start: rises with each, so that frames of an earlier one are known as old.
+    /// Of this start: rises with each and is durable by now, so that what an earlier one sent is known as old, and of two
+    /// processes on copies of a directory one is refused.
     pub boot: u64,
     pub urls: Vec<PeerUrl>,
     pub metrics: Arc<Metrics>,
@@ -97,8 +99,8 @@ pub enum Event {
     Attached { peer: u64 },
     /// Messages to that peer were lost, or a stream broke. Reports that the node has not taken yet are merged.
     Unreachable { peer: u64 },
-    /// Who answers at that peer's address refused us; `OtherNonce`, `NotAMember` and `Removed` come from the proven peer
-    /// itself. Repeated with each try.
+    /// Who answers at that peer's address refused us; `OtherNonce`, `Superseded`, `NotAMember` and `Removed` come from the
+    /// proven peer itself. Repeated with each try.
     Refused { peer: u64, refusal: Refusal },
 }
 

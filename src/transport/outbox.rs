@@ -62,7 +62,7 @@ pub enum Taken {
     /// Nothing: the waker is kept.
     Nothing,
     /// A newer stream took over, or the peer is gone.
-    Superseded,
+    Detached,
 }
 
 impl Outbox {
@@ -131,10 +131,10 @@ impl Outbox {
     pub fn take(&self, generation: u64, waker: &Waker) -> Taken {
         let mut queues = self.lock();
         if queues.generation != generation {
-            return Taken::Superseded;
+            return Taken::Detached;
         }
         let empty = queues.is_empty();
-        let Some(stream) = &mut queues.stream else { return Taken::Superseded };
+        let Some(stream) = &mut queues.stream else { return Taken::Detached };
         stream.progress = Instant::now();
         if empty {
             stream.waker = Some(waker.clone());
@@ -246,7 +246,7 @@ mod tests {
         match taken {
             Taken::Messages { messages, .. } => messages.iter().map(|message| message.msg_type).collect(),
             Taken::Nothing => Vec::new(),
-            Taken::Superseded => panic!("superseded"),
+            Taken::Detached => panic!("detached"),
         }
     }
 
@@ -284,7 +284,7 @@ mod tests {
         outbox.push([append(1)].into_iter());
         let new = outbox.attach(CancellationToken::new());
         assert!(cut.is_cancelled());
-        assert!(matches!(outbox.take(old, Waker::noop()), Taken::Superseded));
+        assert!(matches!(outbox.take(old, Waker::noop()), Taken::Detached));
         assert_eq!(outbox.detach(old), None);
         assert_eq!(types(outbox.take(new, Waker::noop())).len(), 1);
         assert_eq!(outbox.queued(), (0, 0));

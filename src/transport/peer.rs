@@ -11,9 +11,10 @@ use serde::Serialize;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::handshake::Refusal;
+use super::handshake::{Life, Refusal};
 use super::locked;
 use super::outbox::Outbox;
+use super::seldom::Seldom;
 use super::snapshot::{SnapshotProgress, Transfers};
 use crate::cluster::PeerUrl;
 use crate::metrics::{self, Metrics};
@@ -39,10 +40,11 @@ pub struct Peer {
     pub sending: Arc<Semaphore>,
     pub snapshots: Transfers,
     pub figures: Figures,
+    pub lines: Lines,
     /// Ends all that belongs to this peer.
     pub stop: CancellationToken,
     place: Mutex<Place>,
-    heard: Mutex<Option<(u64, Window)>>,
+    heard: Mutex<Heard>,
     state: Mutex<State>,
 }
 
@@ -66,9 +68,32 @@ pub struct Figures {
     pub dropped_messages: Counter,
 }
 
+/// Lines of the log that a peer could bring about at any rate.
+#[derive(Default)]
+pub struct Lines {
+    superseded: Seldom,
+    pub snapshot_refused: Seldom,
+    pub snapshot_lost: Seldom,
+}
+
+/// The newest start of the peer that we met, and which of its frames came.
+struct Heard {
+    life: Life,
+    window: Window,
+}
+
+impl Heard {
+    fn of(life: Life) -> Self {
+        Heard { life, window: Window::new(WINDOW_FRAMES) }
+    }
+}
+
 #[derive(Default)]
 struct State {
     standing: Option<Standing>,
+    /// What the log says of it last.
+    logged: Option<Standing>,
+    lost: Seldom,
     round_trip: Option<Duration>,
     clock_drift_seconds: Option<f64>,
     last_error: Option<String>,
@@ -134,7 +159,8 @@ impl Peer {
                 connections: stop.child_token(),
             }),
             stop,
-            heard: Mutex::default(),
+            heard: Mutex::new(Heard::of(Life { nonce: 0, boot: 0 })),
+            lines: Lines::default(),
             state: Mutex::default(),
         }
     }
@@ -210,31 +236,53 @@ impl Peer {
         place.preferred = url.filter(|index| *index < place.urls.len()).unwrap_or(0);
     }
 
+    /// The peer shows itself, with the data directory that the node knows. An earlier start than one that was met is
+    /// refused: it is dead and its words come late, or it runs on a copy of the directory beside the other and must end.
+    /// Of another directory nothing follows for this one.
+    pub fn greet(&self, life: Life) -> Result<(), Refusal> {
+        let mut heard = locked(&self.heard);
+        if heard.life.nonce == life.nonce && life.boot < heard.life.boot {
+            if self.lines.superseded.is_due() {
+                let (peer, boot, newest) = (self.id, life.boot, heard.life.boot);
+                tracing::warn!(peer, boot, newest, "refused an earlier start of this member: does it run twice?");
+            }
+            return Err(Refusal::Superseded);
+        }
+        if heard.life != life {
+            *heard = Heard::of(life);
+        }
+        Ok(())
+    }
+
     /// Tells a new frame from a repeat, and from one that an earlier start of the peer left in the network.
     pub fn admit(&self, boot: u64, sequence: u64) -> Admission {
         let mut heard = locked(&self.heard);
-        let window = match &mut *heard {
-            Some((newest, _)) if boot < *newest => return Admission::OldBoot,
-            Some((newest, window)) if boot == *newest => window,
-            heard => &mut heard.insert((boot, Window::new(WINDOW_FRAMES))).1,
-        };
-        match window.mark(sequence) {
+        if boot < heard.life.boot {
+            return Admission::OldBoot;
+        }
+        if boot > heard.life.boot {
+            *heard = Heard::of(Life { boot, ..heard.life });
+        }
+        match heard.window.mark(sequence) {
             Seen::New => Admission::New,
             // Too old to tell: raft survives a lost message, and not every repeated one.
             Seen::Repeat | Seen::TooOld => Admission::Repeat,
         }
     }
 
-    /// Records how our stream stands, and logs it if that is news.
+    /// Records how our stream stands, and logs it if that is news. Of a stream that comes and goes the log tells at most
+    /// once a second. What is left out is made up for with the next try, or was over by then.
     pub fn stand(&self, standing: Standing, error: Option<String>) {
         let mut state = locked(&self.state);
-        let news = state.standing.replace(standing) != Some(standing);
+        state.standing = Some(standing);
         if error.is_some() {
             state.last_error = error;
         }
-        if !news {
+        // An open stream is told of once, so it is logged behind each loss that was.
+        if state.logged == Some(standing) || (standing != Standing::Open && !state.lost.is_due()) {
             return;
         }
+        state.logged = Some(standing);
         let (peer, error) = (self.id, state.last_error.as_deref().unwrap_or_default());
         match standing {
             Standing::Open => tracing::info!(peer, "connected to peer"),
@@ -288,6 +336,37 @@ mod tests {
         assert!(matches!(peer.admit(5, 1), Admission::Repeat));
         assert!(matches!(peer.admit(6, 1), Admission::New), "another start counts anew");
         assert!(matches!(peer.admit(5, 2), Admission::OldBoot));
+    }
+
+    #[test]
+    fn an_earlier_start_on_the_same_directory_is_refused() {
+        let (peer, life) = (peer(), |nonce, boot| Life { nonce, boot });
+        assert_eq!(peer.greet(life(1, 5)), Ok(()));
+        assert!(matches!(peer.admit(5, 1), Admission::New));
+        assert_eq!(peer.greet(life(1, 5)), Ok(()));
+        assert!(matches!(peer.admit(5, 1), Admission::Repeat), "a second handshake of one start forgets nothing");
+        assert_eq!(peer.greet(life(1, 6)), Ok(()));
+        assert!(matches!(peer.admit(5, 2), Admission::OldBoot), "what the earlier one has open ends");
+        assert_eq!(peer.greet(life(1, 5)), Err(Refusal::Superseded));
+        assert_eq!(peer.greet(life(2, 1)), Ok(()), "whose directory counts is the node's to say");
+    }
+
+    /// A stream that breaks as soon as it is open, over and over, and in the end stays open, or away.
+    #[test]
+    fn the_log_is_told_seldom_and_of_the_last_in_the_end() {
+        let peer = peer();
+        let logged = || locked(&peer.state).logged;
+        for _ in 0..10 {
+            peer.stand(Standing::Unreachable, None);
+            assert!(logged().is_some());
+            peer.stand(Standing::Open, None);
+            assert_eq!(logged(), Some(Standing::Open));
+        }
+        peer.stand(Standing::Unreachable, None);
+        assert_eq!(logged(), Some(Standing::Open), "left out");
+        locked(&peer.state).lost = Seldom::default();
+        peer.stand(Standing::Unreachable, None);
+        assert_eq!(logged(), Some(Standing::Unreachable), "made up for once a second has passed");
     }
 
     #[test]

@@ -73,7 +73,7 @@ impl Body for Outgoing {
     ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
         let bytes = match this.peer.outbox.take(this.generation, context.waker()) {
-            Taken::Superseded => return Poll::Ready(None),
+            Taken::Detached => return Poll::Ready(None),
             Taken::Messages { sequence, messages } => {
                 for (sequence, message) in (sequence..).zip(&messages) {
                     encode(&mut this.buffer, this.hub.boot, sequence, message);

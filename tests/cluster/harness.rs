@@ -311,6 +311,21 @@ impl Cluster {
         self.nodes.len() - 1
     }
 
+    /// A second machine with the ID of the member at `original`, who is stopped, and a copy of its directory. It listens
+    /// elsewhere. Returns its position; it is not started.
+    pub fn copy(&mut self, original: usize) -> usize {
+        let member = &self.nodes[original];
+        assert!(member.process.is_none(), "node {} runs", member.id);
+        let name = format!("copy-of-{}", member.id);
+        let (dir, log, peer_port) = (self.root.path().join(&name), self.root.path().join(name + ".log"), free_port());
+        copy_dir(&member.dir, &dir);
+        let listen = ["--listen-peer".to_owned(), format!("127.0.0.1:{peer_port}")];
+        let extra = member.extra.iter().cloned().chain(listen).collect();
+        let (id, cluster) = (member.id, member.cluster.clone());
+        self.nodes.push(Node { id, port: free_port(), peer_port, dir, cluster, extra, log, process: None });
+        self.nodes.len() - 1
+    }
+
     /// Adds a newcomer through the member at `through`, starts it, and waits until it votes.
     pub fn grow(&mut self, through: usize, id: u64) -> usize {
         let at = self.newcomer(id);

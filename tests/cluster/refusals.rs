@@ -156,6 +156,40 @@ fn a_log_that_is_gone_is_asked_for() {
     assert_eq!(node.must_get("k"), b"v");
 }
 
+/// A directory was copied and both copies run: the process that started first stops and says why, be it the original or
+/// the copy. The other one is the member from then on.
+#[test]
+fn of_two_copies_of_a_member_the_one_that_started_first_stops() {
+    for copy_first in [false, true] {
+        let mut cluster = Cluster::start(3);
+        cluster.nodes[0].must_put("k", "v");
+        // The founding, the leader's first entry, the directory of each member and the write: no more comes by itself.
+        wait_for("a log at rest", || {
+            let applied = |node: &crate::harness::Node| node.status().and_then(|status| status["applied"].as_u64());
+            cluster.nodes.iter().all(|node| applied(node) >= Some(6)).then_some(())
+        });
+        cluster.must_agree();
+        let original = cluster.follower();
+        let other = (original + 1) % 3;
+        assert_eq!(cluster.nodes[original].stop(), Some(0));
+        let copy = cluster.copy(original);
+        let (early, late) = if copy_first { (copy, original) } else { (original, copy) };
+        // Nothing is written until one has ended: what it acknowledged, the other would not have.
+        cluster.nodes[early].start();
+        cluster.nodes[early].wait_alive();
+        cluster.nodes[late].start();
+        assert_eq!(cluster.nodes[early].wait().code(), Some(1), "{}", cluster.nodes[early].log());
+        let said = cluster.nodes[early].log();
+        assert!(said.lines().last().unwrap().contains("must never run twice"), "{said}");
+        cluster.nodes[late].wait_ready();
+        cluster.nodes[other].must_put("k", "w");
+        cluster.nodes[late].must_put("l", "x");
+        assert_eq!(cluster.nodes[late].must_get("k"), b"w");
+        cluster.must_agree();
+        assert!(cluster.nodes[late].is_running(), "{}", cluster.nodes[late].log());
+    }
+}
+
 /// A log that is older than what the member acknowledged: its disk lost data, and the leader's word tells.
 #[test]
 fn a_member_whose_log_went_back_stops() {

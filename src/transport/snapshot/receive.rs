@@ -29,7 +29,9 @@ pub async fn receive(hub: &Arc<Hub>, peer: &Peer, body: Incoming) -> Result<(), 
     let received = peer.stop.run_until_cancelled(take(hub, peer, body)).await;
     // A peer that is dropped meanwhile hears why when it tries again.
     let received = received.unwrap_or(Err(Denied::Busy));
-    if let Err(denied) = &received {
+    if let Err(denied) = &received
+        && peer.lines.snapshot_refused.is_due()
+    {
         tracing::warn!(peer = peer.id, "refused a snapshot: {denied}");
     }
     received

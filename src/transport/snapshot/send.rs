@@ -50,7 +50,11 @@ pub fn send(hub: &Arc<Hub>, message: Message) {
         let index = message.get_snapshot().get_metadata().index;
         match &outcome {
             Ok(()) => tracing::info!(peer = to, index, "the peer has the snapshot"),
-            Err(error) => tracing::warn!(peer = to, index, error, "a snapshot was not delivered"),
+            Err(error) => {
+                if hub.peer(to).is_none_or(|peer| peer.lines.snapshot_lost.is_due()) {
+                    tracing::warn!(peer = to, index, error, "a snapshot was not delivered");
+                }
+            }
         }
         hub.tell(Event::SnapshotSent { peer: to, delivered: outcome.is_ok() }).await;
     });

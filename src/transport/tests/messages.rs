@@ -73,16 +73,20 @@ async fn without_a_stream_messages_go_through_the_pipeline() {
 #[tokio::test]
 async fn a_frame_that_came_twice_is_stepped_once() {
     let mut one = Node::alone(1).await;
-    let two = player(2, &dead_url().await);
-    let post =
-        |boot, sequence, index| two.request(Method::POST, PIPELINE, 1, sealed(boot, sequence, &heartbeat(2, 1, index)));
+    let url = dead_url().await;
+    let [seventh, eighth] = [7, 8].map(|boot| player_at(2, boot, &url));
+    let post = |boot, sequence, index| {
+        let two = if boot == 7 { &seventh } else { &eighth };
+        two.request(Method::POST, PIPELINE, 1, sealed(boot, sequence, &heartbeat(2, 1, index)))
+    };
     for (boot, sequence, index) in [(7, 1, 10), (7, 1, 11), (7, 2, 12), (8, 1, 13)] {
         assert_eq!(call(&one.url, post(boot, sequence, index)).await.status(), StatusCode::NO_CONTENT);
     }
     let received = [one.message().await.index, one.message().await.index, one.message().await.index];
     assert_eq!(received, [10, 12, 13]);
     assert_eq!(one.metrics.transport_repeats.get(), 1);
-    let response = call(&one.url, post(7, 3, 14)).await;
+    let late = eighth.request(Method::POST, PIPELINE, 1, sealed(7, 3, &heartbeat(2, 1, 14)));
+    let response = call(&one.url, late).await;
     assert_eq!((response.status().as_u16(), refusal(response.headers())), (400, "frame-old-boot"));
 }
 

@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::frame::{Decoder, encode};
-use super::handshake::{INTRODUCE, Identity, PIPELINE, PROBING, PROPOSE, RECONFIGURE, SNAPSHOT, STREAM};
+use super::handshake::{INTRODUCE, Identity, Life, PIPELINE, PROBING, PROPOSE, RECONFIGURE, SNAPSHOT, STREAM};
 use super::*;
 use crate::metrics::Reason;
 
@@ -201,9 +201,22 @@ fn sealed(boot: u64, sequence: u64, message: &Message) -> Bytes {
     buffer.freeze()
 }
 
-/// Member `id` as these tests play it by hand.
+/// Member `id` as these tests play it by hand, in its first life.
 fn player(id: u64, url: &PeerUrl) -> Identity {
-    Identity::new(id, CLUSTER, nonce(id), std::slice::from_ref(url))
+    player_at(id, 1, url)
+}
+
+/// Its start of this number.
+fn player_at(id: u64, boot: u64, url: &PeerUrl) -> Identity {
+    Identity::new(id, CLUSTER, Life { nonce: nonce(id), boot }, std::slice::from_ref(url))
+}
+
+/// How a member's answer begins that is written by hand, status line apart.
+fn signature(id: u64) -> String {
+    format!(
+        "X-Raft-From: {id}\r\nX-Raft-Cluster-ID: {CLUSTER:016x}\r\nX-Raft-Nonce: {:016x}\r\nX-Raft-Boot: 1\r\n\r\n",
+        nonce(id)
+    )
 }
 
 async fn call(url: &PeerUrl, request: Request<Full<Bytes>>) -> Response<Incoming> {
@@ -232,10 +245,7 @@ async fn fake_peer(id: u64, status: &'static str, body: Bytes) -> (PeerUrl, Join
             if !head.starts_with(b"GET /raft/stream") {
                 continue;
             }
-            let answer = format!(
-                "HTTP/1.1 {status}\r\nX-Raft-From: {id}\r\nX-Raft-Cluster-ID: {CLUSTER:016x}\r\nX-Raft-Nonce: {:016x}\r\n\r\n",
-                nonce(id)
-            );
+            let answer = format!("HTTP/1.1 {status}\r\n{}", signature(id));
             // Whoever hung up does not mind.
             stream.write_all(&[answer.as_bytes(), &body].concat()).await.ok();
         }

@@ -199,10 +199,7 @@ async fn connections_to_a_peers_old_address_are_cut() {
     let (old, old_url) = listen().await;
     let (listener, url) = listen().await;
     let mut one = Node::start(1, 1, listener, &url, vec![member(2, &old_url)]);
-    let answer = format!(
-        "HTTP/1.1 200 OK\r\nX-Raft-From: 2\r\nX-Raft-Cluster-ID: {CLUSTER:016x}\r\nX-Raft-Nonce: {:016x}\r\n\r\n",
-        nonce(2)
-    );
+    let answer = format!("HTTP/1.1 200 OK\r\n{}", signature(2));
     let mut connections = Vec::new();
     // The stream and the first probe, which waits for the rest of its answer.
     for _ in 0..2 {

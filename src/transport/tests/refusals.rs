@@ -160,3 +160,65 @@ async fn a_stream_of_garbage_is_closed_after_what_was_good() {
         serving.abort();
     }
 }
+
+/// Two processes on copies of one directory: the one that started first is told, whoever of both calls first, and the
+/// other is dealt with.
+#[tokio::test]
+async fn of_two_starts_on_one_directory_the_later_one_counts() {
+    let mut one = Node::alone(1).await;
+    let (listener, url) = listen().await;
+    let mut early = Node::start(2, 5, listener, &url, vec![member(1, &one.url)]);
+    early.connected(1).await;
+    one.connected(2).await;
+    let (listener, other_url) = listen().await;
+    let mut late = Node::start(2, 6, listener, &other_url, vec![member(1, &one.url)]);
+    late.connected(1).await;
+    assert_eq!(early.refused().await, (1, Refusal::Superseded), "its stream was taken over, and its next try refused");
+    late.transport.send(vec![heartbeat(2, 1, 7)]);
+    assert_eq!(one.message().await.index, 7);
+    early.close().await;
+
+    // And one that comes when the other is long there.
+    let (listener, url) = listen().await;
+    let mut early = Node::start(2, 4, listener, &url, vec![member(1, &one.url)]);
+    assert_eq!(early.refused().await, (1, Refusal::Superseded));
+    let response =
+        call(&one.url, player_at(2, 4, &url).request(Method::POST, PIPELINE, 1, sealed(4, 1, &heartbeat(2, 1, 1))));
+    let response = response.await;
+    assert_eq!((response.status().as_u16(), refusal(response.headers())), (412, "superseded"));
+}
+
+/// The earlier start answers at the address that everyone knows: it is no longer called upon.
+#[tokio::test]
+async fn an_earlier_start_that_answers_is_not_used() {
+    let (listener, url) = listen().await;
+    let _early = Node::start(2, 5, listener, &url, vec![]);
+    let mut one = Node::alone(1).await;
+    let late = player_at(2, 6, &dead_url().await).request(Method::GET, STREAM, 1, Bytes::new());
+    let _stream = call(&one.url, late).await;
+    one.transport.set_peers(vec![member(2, &url)]);
+    one.refusing("superseded").await;
+    while let Ok(event) = one.events.try_recv() {
+        assert!(!matches!(event, Event::Accepted { .. }), "{event:?}");
+    }
+}
+
+/// 256 of these would keep every member out.
+#[tokio::test]
+async fn a_connection_that_asks_nothing_is_closed_before_one_that_asked() {
+    let one = Node::alone(1).await;
+    let mut silent = TcpStream::connect(one.url.authority()).await.unwrap();
+    let mut slow = TcpStream::connect(one.url.authority()).await.unwrap();
+    slow.write_all(b"GET /raft/probing HTTP/1.1\r\n").await.unwrap();
+    let stream = TcpStream::connect(one.url.authority()).await.unwrap();
+    let (mut kept, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let probe = || Request::get(PROBING).body(Full::<Bytes>::default()).unwrap();
+    kept.send_request(probe()).await.unwrap().into_body().collect().await.unwrap();
+    for stream in [&mut silent, &mut slow] {
+        let ended = timeout(DEADLINE, stream.read_to_end(&mut Vec::new())).await;
+        // Closed or reset: both are an end.
+        drop(ended.expect("it is closed"));
+    }
+    assert_eq!(kept.send_request(probe()).await.unwrap().status(), StatusCode::OK, "an idle one may stay");
+}

@@ -400,7 +400,7 @@ async fn who_may_not_speak_may_not_send_a_snapshot() {
     let mut one = Node::start_with(1, 1, listener, &url, vec![], Arc::new(Ends(files.clone())));
     one.verdicts.lock().unwrap().insert(3, Meeting::Removed);
     let dead = dead_url().await;
-    let stranger = Identity::new(2, CLUSTER + 1, nonce(2), std::slice::from_ref(&dead));
+    let stranger = Identity::new(2, CLUSTER + 1, Life { nonce: nonce(2), boot: 1 }, std::slice::from_ref(&dead));
     let file: Vec<u8> = (0..100).map(byte_at).collect();
     let body = |message: &Message| -> Bytes { [&sealed(1, 1, message)[..], &file].concat().into() };
     let mut with_data = snapshot(2, 1);
