@@ -81,7 +81,9 @@ impl Store {
                     self.apply(std::iter::once(next).chain(behind).take(SLICE))?;
                 }
                 // A long log is read back in one batch: readers, and the other tasks of this thread, come in between.
-                tokio::task::yield_now().await;
+                if commits.peek().is_some() {
+                    tokio::task::yield_now().await;
+                }
             }
         }
         Ok(())
