@@ -66,8 +66,14 @@ fn caught_up_by_a_snapshot(flags: &[&str]) {
     let away = cluster.follower();
     let up = (away + 1) % 3;
     for round in 0..3 {
+        let applied = wait_for("its status", || cluster.nodes[away].status()?["applied"].as_u64());
         cluster.nodes[away].kill();
-        fill(&cluster, up, &format!("round-{round}"), 200, &mut acknowledged);
+        // A leader keeps the log for whom it heard of a moment ago, so this takes about an election time-out.
+        wait_for("the log has forgotten what it needs", || {
+            fill(&cluster, up, &format!("round-{round}"), 60, &mut acknowledged);
+            let leader = cluster.leader();
+            (cluster.nodes[leader].status()?["snapshot"]["log_from"].as_u64()? > applied + 1).then_some(())
+        });
         cluster.nodes[away].start();
         if round < 2 {
             // Killed as soon as it is there, whatever it does then.
@@ -96,9 +102,13 @@ fn a_damaged_snapshot_is_made_anew() {
     cluster.grow(0, 3);
     let away = cluster.follower();
     let leader = cluster.leader();
+    let applied = wait_for("its status", || cluster.nodes[away].status()?["applied"].as_u64());
     cluster.nodes[away].kill();
     let mut acknowledged = BTreeMap::new();
-    fill(&cluster, leader, "k", 200, &mut acknowledged);
+    wait_for("the log has forgotten what it needs", || {
+        fill(&cluster, leader, "k", 60, &mut acknowledged);
+        (cluster.nodes[leader].status()?["snapshot"]["log_from"].as_u64()? > applied + 1).then_some(())
+    });
     wait_for("a quiet leader", || {
         let status = cluster.nodes[leader].status()?;
         (status["snapshot"]["index"].as_u64()? + 50 > status["applied"].as_u64()?).then_some(())
@@ -192,6 +202,7 @@ fn a_large_snapshot_takes_no_memory_of_its_own() {
         cluster.nodes[0].must_put(&format!("k{n}"), &value);
     }
     wait_for("the log is compacted", || {
+        cluster.nodes[0].must_put("k0", &value);
         (cluster.nodes[0].status()?["snapshot"]["log_from"].as_u64() > Some(200)).then_some(())
     });
     let (_, before) = cluster.nodes[0].memory();
