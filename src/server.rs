@@ -23,7 +23,7 @@ use self::open::Opened;
 use crate::api::{Api, Limits};
 use crate::channel::{self, Leadership};
 use crate::command::Command;
-use crate::config::{Config, NotAFounder};
+use crate::config::{Config, NotAFounder, WAL_SEGMENT_BYTES_MIN};
 use crate::kv::Service;
 use crate::metrics::Metrics;
 use crate::node::{self, Ends, Node};
@@ -34,6 +34,9 @@ use crate::wal::disk::RealDisk;
 use crate::wal::identity::{Identity, Lock};
 use crate::wal::snapshot::{Incoming, Snapshots};
 use crate::wal::writer::Writer;
+
+// The flag's bound and the log's need are written apart, for neither room may import the other.
+const _: () = assert!(WAL_SEGMENT_BYTES_MIN == wal::SEGMENT_BYTES_MIN);
 
 /// Proposals on their way from the front ends to the node. More than this are answered busy.
 const PROPOSALS_MAX: usize = 8192;

@@ -46,7 +46,9 @@ pub use self::handshake::Refusal;
 pub use self::introduce::{IntroduceError, Introduction, introduce};
 pub use self::peer::PeerStatus;
 pub use self::propose::{PROPOSE_BYTES_MAX, Position};
-pub use self::snapshot::{NoSnapshots, SnapshotFiles, SnapshotProgress, SnapshotSink};
+#[cfg(test)]
+use self::snapshot::NoSnapshots;
+pub use self::snapshot::{SnapshotFiles, SnapshotProgress, SnapshotSink};
 use crate::channel::{Rejection, RequestId};
 use crate::cluster::{Member, PeerUrl};
 use crate::metrics::Metrics;

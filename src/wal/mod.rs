@@ -30,7 +30,7 @@ use raft::eraftpb::{Entry, HardState};
 
 pub use self::error::Error;
 pub use self::log::Wal;
-pub use self::segment::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
+pub use self::segment::SEGMENT_BYTES_MIN;
 use crate::cluster::Member;
 
 /// Where the log lies and how large its segments are.

@@ -10,7 +10,6 @@ use super::record::frame_seed;
 
 /// The smallest size that a flag may ask for: a segment holds two of the longest frames.
 pub const SEGMENT_BYTES_MIN: u64 = 16 << 20;
-pub const SEGMENT_BYTES_DEFAULT: u64 = 64 << 20;
 /// The header has a block of its own, so that no frame shares a sector with it.
 pub const HEADER_BYTES: u64 = 4096;
 /// How far ahead of the tail zeros are written: a frame over written zeros costs no metadata when it is synced.

@@ -53,8 +53,10 @@ pub trait SnapshotSink: Send {
 }
 
 /// A member that keeps no snapshots: it has none to send and takes none.
+#[cfg(test)]
 pub struct NoSnapshots;
 
+#[cfg(test)]
 impl SnapshotFiles for NoSnapshots {
     fn open(&self, _index: u64, _term: u64) -> io::Result<(u64, Box<dyn io::Read + Send>)> {
         Err(io::ErrorKind::Unsupported.into())
