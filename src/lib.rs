@@ -64,11 +64,12 @@
 //!
 //! # Who may use whom
 //!
-//! Data flows one way, and so do the imports; `tests/tidy.rs` holds them to it. [`cluster`], [`window`], [`config`],
-//! [`metrics`] and [`channel`] are leaves. The node never sees the store, and cannot decode a command: whoever wants to
+//! Data flows one way, and so do the imports; `tests/tidy.rs` holds them to it. [`cluster`], [`window`], [`blocking`],
+//! [`config`], [`metrics`] and [`channel`] are leaves. The node never sees the store, and cannot decode a command: whoever wants to
 //! replicate another service takes the two channels and writes another store.
 
 pub mod api;
+pub mod blocking;
 pub mod channel;
 pub mod cli;
 pub mod cluster;

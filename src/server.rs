@@ -4,6 +4,8 @@
 //! Stop: no new requests; those in flight finish; leadership is handed over; the log is synced; the peers are left.
 
 mod bind;
+#[doc(hidden)]
+pub mod data;
 mod open;
 
 use std::io;
@@ -19,6 +21,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::data::Data;
 use self::open::Opened;
 use crate::api::{Api, Limits};
 use crate::channel::{self, Leadership};
@@ -163,10 +166,10 @@ async fn serve(config: Config, started: Instant) -> Result<(), Error> {
     };
     info!(
         id = config.id,
-        cluster = %format_args!("{:016x}", opened.identity.cluster),
+        cluster = %format_args!("{:016x}", opened.data.identity.cluster),
         members = opened.members.len(),
-        snapshot = opened.meta.index,
-        entries = opened.recovered.entries.len(),
+        snapshot = opened.data.meta.index,
+        entries = opened.data.recovered.entries.len(),
         clients = %clients.local_addr().map_err(Error::Runtime)?,
         "started in {:.1?}", started.elapsed(),
     );
@@ -244,7 +247,8 @@ impl Log {
 
 impl Running {
     fn start(config: &Config, opened: Opened, clients: TcpListener, metrics: Arc<Metrics>) -> Result<Self, Error> {
-        let Opened { identity, wal, recovered, snapshots, meta, state, members, urls, listeners } = opened;
+        let Opened { data, members, urls, listeners } = opened;
+        let Data { identity, wal, recovered, snapshots, meta, state } = data;
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(PEER_EVENTS_MAX);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -278,6 +282,7 @@ impl Running {
             nonce: identity.nonce,
             tick: config.tick,
             election_ticks: config.election_ticks,
+            seed: getrandom::u64().map_err(wal::Error::Random)?,
             request_timeout: config.request_timeout,
             snapshots: node::Policy {
                 count: config.snapshot_count,
@@ -296,7 +301,7 @@ impl Running {
             leadership: leadership_in,
             wal,
             wal_events,
-            transport,
+            peers: Box::new(transport),
             peer_events,
             snapshots,
             metrics: metrics.clone(),

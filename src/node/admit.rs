@@ -207,6 +207,7 @@ mod tests {
             hard_state,
             entries,
             election_ticks: 10,
+            seed: 7,
         })
     }
 

@@ -168,7 +168,7 @@ impl<A: Send + 'static> Node<A> {
             waiting.ask_from = self.now + RETRY_TICKS;
             let request = waiting.logged.request;
             let body = serde_json::to_vec(&waiting.logged).expect("a change is plain data");
-            let answer = self.ends.transport.reconfigure(leader, body.into());
+            let answer = self.ends.peers.reconfigure(leader, body.into());
             self.changes.asking.spawn(async move { (request, answer.await) });
         }
     }
@@ -279,9 +279,9 @@ impl<A: Send + 'static> Node<A> {
 
     /// The transport connects to the members, and to nobody who was removed.
     pub(super) fn tell_transport(&self) {
-        self.ends.transport.set_peers(self.members.list());
+        self.ends.peers.set_peers(self.members.list());
         for id in self.members.removed() {
-            self.ends.transport.drop_peer(id);
+            self.ends.peers.drop_peer(id);
         }
     }
 

@@ -13,6 +13,7 @@ use raft::eraftpb::{
     ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message, MessageType, SnapshotMetadata,
 };
 use raft::{Config, ProgressState, RawNode, ReadOnlyOption, ReadState, SnapshotStatus, StateRole};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::logger;
 use super::mirror::Mirror;
@@ -36,6 +37,8 @@ pub struct Start {
     /// Contiguous, up to the snapshot's index at least.
     pub entries: Vec<Entry>,
     pub election_ticks: usize,
+    /// Of the random part of election time-outs.
+    pub seed: u64,
 }
 
 /// One thing to make durable: a received snapshot that the log starts anew behind, entries that replace what they
@@ -88,6 +91,9 @@ pub enum NotProposed {
 /// The raft state machine of one node.
 pub struct Core {
     raw: RawNode<Mirror>,
+    election_ticks: usize,
+    /// Of this node's election time-outs.
+    seed: u64,
     /// Messages that wait until the write of the given number is durable.
     held: VecDeque<(u64, Vec<Message>)>,
     /// The last write handed out, and the last reported durable.
@@ -106,7 +112,7 @@ pub struct Core {
 impl Core {
     /// Starts from what recovery found.
     pub fn new(start: Start) -> Self {
-        let Start { id, base, snapshot, mut hard_state, entries, election_ticks } = start;
+        let Start { id, base, snapshot, mut hard_state, entries, election_ticks, seed } = start;
         hard_state.term = hard_state.term.max(snapshot.term);
         hard_state.commit = hard_state.commit.max(snapshot.index);
         let config = Config {
@@ -128,9 +134,12 @@ impl Core {
             mirror.set_snapshot(snapshot);
         }
         let vote = (mirror.hard_state().term, mirror.hard_state().vote);
+        let seed = xxh3_64_with_seed(&id.to_le_bytes(), seed);
         let raw = RawNode::new(&config, mirror, &logger::into_tracing()).expect("configuration and log are sane");
         Core {
             raw,
+            election_ticks,
+            seed,
             held: VecDeque::new(),
             written: 0,
             persisted: 0,
@@ -199,8 +208,18 @@ impl Core {
         // A lone voter wins the election that it calls, and raft asserts that a winner's log is durable.
         let lone_and_behind = self.raw.raft.prs().is_singleton() && self.persisted < self.written;
         if self.is_leader() || !lone_and_behind {
+            self.settle_election_timeout();
             self.raw.tick();
         }
+    }
+
+    /// Raft draws its election time-outs from the thread's randomness, and would do nothing twice alike. Each draw is
+    /// replaced, before it counts, by one that follows from seed, node and term: between one and two times the least,
+    /// as in the Raft paper (§5.2).
+    fn settle_election_timeout(&mut self) {
+        let raft = &mut self.raw.raft;
+        let draw = xxh3_64_with_seed(&raft.term.to_le_bytes(), self.seed) % self.election_ticks as u64;
+        raft.set_randomized_election_timeout(self.election_ticks + draw as usize);
     }
 
     /// Stands for election now instead of waiting for a time-out.

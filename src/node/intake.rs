@@ -75,7 +75,7 @@ impl<A: Send + 'static> Node<A> {
             let commands: Vec<_> = batch.iter().map(|proposed| (proposed.request, proposed.command.clone())).collect();
             if leader != self.settings.id {
                 if !commands.is_empty() {
-                    let answer = self.ends.transport.propose(leader, commands);
+                    let answer = self.ends.peers.propose(leader, commands);
                     self.forwards.spawn(async move { (batch, answer.await) });
                 }
                 continue;
@@ -146,7 +146,7 @@ impl<A: Send + 'static> Node<A> {
 
     pub(super) fn status(&self) -> NodeStatus {
         let at = self.core.position();
-        let connections = self.ends.transport.status();
+        let connections = self.ends.peers.status();
         let members = self.members.iter().map(|member| MemberStatus {
             id: member.id,
             urls: member.urls.iter().map(ToString::to_string).collect(),

@@ -37,9 +37,10 @@ use self::pending::{Pending, Proposed};
 use self::reads::Reads;
 use self::snapshots::Snapshotting;
 pub use self::snapshots::{Policy, conf_state};
+use crate::blocking;
 use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, ServiceGone};
 use crate::metrics::{Metrics, Reason};
-use crate::transport::{self, Meeting, Position, ProposeError, Transport};
+use crate::transport::{self, Meeting, Peers, Position, ProposeError};
 use crate::wal::snapshot::{Meta, Snapshots};
 use crate::wal::writer::{self, Writer};
 use crate::wal::{self, Append, Recovered, Room};
@@ -65,6 +66,8 @@ pub struct Settings {
     pub nonce: u64,
     pub tick: Duration,
     pub election_ticks: usize,
+    /// Of the random part of election time-outs: with it, a node does the same again.
+    pub seed: u64,
     pub request_timeout: Duration,
     pub snapshots: Policy,
 }
@@ -81,7 +84,7 @@ pub struct Ends<A> {
     pub leadership: watch::Sender<Leadership>,
     pub wal: Writer,
     pub wal_events: mpsc::UnboundedReceiver<writer::Event>,
-    pub transport: Transport,
+    pub peers: Box<dyn Peers>,
     pub peer_events: mpsc::Receiver<transport::Event>,
     pub snapshots: Arc<Snapshots>,
     pub metrics: Arc<Metrics>,
@@ -176,8 +179,8 @@ impl<A: Send + 'static> Node<A> {
         let id = settings.id;
         let mut snapshot = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
         snapshot.set_conf_state(conf_state(meta));
-        let election_ticks = settings.election_ticks;
-        let core = Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks });
+        let Settings { election_ticks, seed, .. } = settings;
+        let core = Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks, seed });
         Node {
             core,
             members: Members::new(id, settings.nonce, meta, nonces, fresh),
@@ -367,9 +370,9 @@ impl<A: Send + 'static> Node<A> {
         // A snapshot's message goes with its file, on a connection of its own.
         let is_snapshot = |message: &mut Message| message.get_msg_type() == MessageType::MsgSnapshot;
         for message in messages.extract_if(.., is_snapshot) {
-            self.ends.transport.send_snapshot(message);
+            self.ends.peers.send_snapshot(message);
         }
-        self.ends.transport.send(messages);
+        self.ends.peers.send(messages);
     }
 
     /// What a committed entry means to the service.
@@ -423,7 +426,7 @@ impl<A: Send + 'static> Node<A> {
         self.leadership = leadership;
         self.ends.metrics.raft_term.set(at.term as i64);
         self.ends.metrics.raft_leader.set(at.leader as i64);
-        self.ends.transport.set_leader(at.leader);
+        self.ends.peers.set_leader(at.leader);
         self.ends.leadership.send_replace(leadership);
         self.changes_lost_leader();
         if at.leader == at.id {
@@ -457,9 +460,9 @@ impl<A: Send + 'static> Node<A> {
             let number = self.last_write;
             self.ends.wal.append(Append { number, hard_state: Some(hard_state), ..Append::default() });
         }
-        self.ends.transport.close().await;
+        self.ends.peers.close().await;
         let wal = self.ends.wal;
-        tokio::task::spawn_blocking(move || wal.close()).await.expect("closing the log does not panic");
+        blocking::run(move || wal.close()).await.expect("closing the log does not panic");
         outcome?;
         while let Ok(event) = self.ends.wal_events.try_recv() {
             if let writer::Event::Failed(error) = event {

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use raft::eraftpb::{ConfState, Message, SnapshotMetadata};
 use tokio::sync::oneshot;
-use tokio::task::{JoinError, JoinSet, spawn_blocking};
+use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
 use super::admit::admit;
 use super::{Node, Stopped};
+use crate::blocking;
 use crate::channel::{Commit, WriteImage};
 use crate::wal;
 use crate::wal::snapshot::{Meta, Snapshots};
@@ -137,7 +138,7 @@ impl<A: Send + 'static> Node<A> {
         self.snapshotting.work.spawn(async move {
             // The service ends without an answer only when the process does.
             let Ok(image) = image.await else { return std::future::pending().await };
-            let taken = spawn_blocking(move || take(&files, meta, image, keep)).await;
+            let taken = blocking::run(move || take(&files, meta, image, keep)).await;
             Done::Taken(taken.expect("writing a snapshot does not panic"))
         });
     }
@@ -192,7 +193,7 @@ impl<A: Send + 'static> Node<A> {
         let (index, term) = (metadata.index, metadata.term);
         let files = self.snapshotting.files.clone();
         self.snapshotting.work.spawn(async move {
-            let opened = spawn_blocking(move || files.read(index, term)).await;
+            let opened = blocking::run(move || files.read(index, term)).await;
             let opened = opened.expect("opening a snapshot does not panic");
             Done::Opened(Box::new(message), opened.map(|(meta, image)| (Box::new(meta), Box::new(image) as Image)))
         });
@@ -237,7 +238,7 @@ impl<A: Send + 'static> Node<A> {
         self.snapshotting.last_bytes = 0;
         let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
         self.snapshotting.work.spawn(async move {
-            let purged = spawn_blocking(move || files.purge(keep, index)).await;
+            let purged = blocking::run(move || files.purge(keep, index)).await;
             Done::Purged(purged.expect("removing files does not panic"))
         });
         commits.push(Commit::Restore { index: meta.index, image });

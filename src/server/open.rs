@@ -4,34 +4,25 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use raft::eraftpb::Entry;
 use tokio::net::TcpListener;
 use tracing::info;
 
+use super::data::{Data, Place};
 use super::{Error, bind};
 use crate::cluster::{Introduction, Member, PeerUrl, cluster_id};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::node;
-use crate::store::{State, read_image};
 use crate::transport::{self, IntroduceError};
 use crate::wal::disk::RealDisk;
-use crate::wal::identity::{Identity, LOG_DIR};
-use crate::wal::snapshot::{Meta, Snapshots};
-use crate::wal::{self, Options, Recovered, Wal};
+use crate::wal::identity::Identity;
 
 /// Pause before a member is asked again where this one belongs.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
-/// What a start finds in the data directory, or puts there.
+/// What a start finds or makes.
 pub struct Opened {
-    pub identity: Identity,
-    pub wal: Wal,
-    pub recovered: Recovered,
-    pub snapshots: Arc<Snapshots>,
-    /// The snapshot that the service starts from, the founding one at first.
-    pub meta: Meta,
-    pub state: State,
+    pub data: Data,
     /// The members to connect to.
     pub members: Vec<Member>,
     /// This member's own URLs, and the listeners for them.
@@ -41,56 +32,31 @@ pub struct Opened {
 
 /// Finds out who this member is and recovers its log, or founds both.
 pub async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<Opened, Error> {
-    let disk = Arc::new(RealDisk);
-    let log = Options { dir: config.data_dir.join(LOG_DIR), segment_bytes: config.wal_segment_bytes };
-    let identity = Identity::load(disk.as_ref(), &config.data_dir)?;
-    if let Some(Identity { member, .. }) = identity.filter(|identity| identity.member != config.id) {
-        return Err(Error::NotTheOwner { id: config.id, owner: member, data_dir: config.data_dir.clone() });
-    }
-    match identity {
-        Some(identity) if Wal::exists(disk.as_ref(), &log.dir)? => {
-            // Where a crash came between the two, the log is there and the word of it is not.
-            let identity =
-                if identity.has_log { identity } else { identity.note_log(disk.as_ref(), &config.data_dir)? };
-            restart(config, identity, &log, metrics).await
-        }
-        Some(Identity { has_log: true, .. }) => Err(wal::Error::LogMissing { log: log.dir }.into()),
-        // A first start, or one that was cut short before it told anybody of itself.
-        Some(_) | None => first_start(config, &log, metrics).await,
+    let place = Place {
+        disk: Arc::new(RealDisk),
+        data_dir: config.data_dir.clone(),
+        segment_bytes: config.wal_segment_bytes,
+        metrics: metrics.clone(),
+    };
+    match place.used_by(config.id)? {
+        Some(identity) => restart(config, &place, identity).await,
+        None => first_start(config, &place).await,
     }
 }
 
-async fn restart(config: &Config, identity: Identity, log: &Options, metrics: &Arc<Metrics>) -> Result<Opened, Error> {
-    let disk = Arc::new(RealDisk);
-    let (wal, mut recovered) = Wal::open(disk.clone(), log, now_micros(), metrics.clone())?;
-    let snapshots = Arc::new(Snapshots::open(disk, &config.data_dir)?);
-    let founding = Meta::founding(&recovered.founders);
-    let base = recovered.compacted.unwrap_or((founding.index, founding.term));
-    let last = base.0 + recovered.entries.len() as u64;
-    let term_at = |index: u64| term_at(base, &recovered.entries, index);
-    let (meta, state) = match snapshots.newest(base, last, term_at)? {
-        Some(meta) => {
-            let (_, image) = snapshots.read(meta.index, meta.term)?;
-            let state = read_image(image).map_err(|error| Error::Image { index: meta.index, error })?;
-            if state.applied() != meta.index {
-                return Err(Error::WrongImage { index: meta.index, found: state.applied() });
-            }
-            (meta, state)
-        }
-        None => (founding.clone(), State::founded(founding.index)),
-    };
-    recovered.hard_state.commit = recovered.hard_state.commit.max(meta.index);
-    let members = node::members_in_log(&meta, &recovered.entries);
-    check_cluster(config, &members, &recovered.founders)?;
+async fn restart(config: &Config, place: &Place, identity: Identity) -> Result<Opened, Error> {
+    let data = place.recover(identity, now_micros())?;
+    let members = node::members_in_log(&data.meta, &data.recovered.entries);
+    check_cluster(config, &members, &data.recovered.founders)?;
     let urls = urls_of(&members, config.id).or_else(|| urls_of(&config.cluster, config.id)).unwrap_or_default();
     if urls.is_empty() && config.listen_peer.is_none() {
         return Err(Error::NoAddress { id: config.id });
     }
     let listeners = bind::peers(config, &urls).await?;
-    Ok(Opened { identity, wal, recovered, snapshots, meta, state, members, urls, listeners })
+    Ok(Opened { data, members, urls, listeners })
 }
 
-async fn first_start(config: &Config, log: &Options, metrics: &Arc<Metrics>) -> Result<Opened, Error> {
+async fn first_start(config: &Config, place: &Place) -> Result<Opened, Error> {
     config.check_founding()?;
     let urls = urls_of(&config.cluster, config.id).unwrap_or_default();
     // Before anything is written, so that a port in use leaves no trace.
@@ -101,15 +67,9 @@ async fn first_start(config: &Config, log: &Options, metrics: &Arc<Metrics>) -> 
         let founders = config.cluster.clone();
         Introduction { cluster: cluster_id(&founders), members: founders.clone(), founders }
     };
-    let disk = Arc::new(RealDisk);
-    let identity = Identity::create(disk.as_ref(), &config.data_dir, cluster, config.id)?;
-    let (wal, recovered) = Wal::create(disk.clone(), log, &founders, now_micros(), metrics.clone())?;
-    let identity = identity.note_log(disk.as_ref(), &config.data_dir)?;
-    let snapshots = Arc::new(Snapshots::open(disk, &config.data_dir)?);
+    let data = place.found(cluster, config.id, &founders, now_micros())?;
     info!(data_dir = %config.data_dir.display(), "first start: the data directory is new");
-    let meta = Meta::founding(&founders);
-    let state = State::founded(meta.index);
-    Ok(Opened { identity, wal, recovered, snapshots, meta, state, members, urls, listeners })
+    Ok(Opened { data, members, urls, listeners })
 }
 
 /// Asks the listed members where this one belongs, until one knows. Refused only when all that answer say no.
@@ -160,13 +120,6 @@ fn check_cluster(config: &Config, members: &[Member], founders: &[Member]) -> Re
 
 fn urls_of(members: &[Member], id: u64) -> Option<Vec<PeerUrl>> {
     members.iter().find(|member| member.id == id).map(|member| member.urls.clone())
-}
-
-fn term_at(base: (u64, u64), entries: &[Entry], index: u64) -> Option<u64> {
-    match index.checked_sub(base.0)? {
-        0 => Some(base.1),
-        nth => entries.get(nth as usize - 1).map(|entry| entry.term),
-    }
 }
 
 fn now_micros() -> u64 {

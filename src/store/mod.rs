@@ -10,8 +10,9 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 pub use snapshot::{BadImage, read_image, write_image};
 pub use state::{Answer, KeyValue, Outcome, State};
 use tokio::sync::oneshot;
-use tokio::task::{JoinError, spawn_blocking};
+use tokio::task::JoinError;
 
+use crate::blocking;
 use crate::channel::{self, Applied, Commit, CommitReceiver, Failure, ReadReply, Rejection, Reply, WriteImage};
 use crate::command::Unreadable;
 use crate::metrics::Metrics;
@@ -93,7 +94,7 @@ impl Store {
     /// state until then.
     async fn restore(&self, index: u64, image: Box<dyn Read + Send>) -> Result<(), Stopped> {
         let view = self.view();
-        let restored = spawn_blocking(move || {
+        let restored = blocking::run(move || {
             let state = read_image(image).map_err(|source| Stopped::Restore { index, source })?;
             if state.applied() != index {
                 return Err(Stopped::WrongImage { index, found: state.applied() });

@@ -31,6 +31,7 @@ mod stream;
 mod tests;
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -87,7 +88,7 @@ pub enum Event {
     Reconfigure { from: u64, body: Bytes, reply: oneshot::Sender<Bytes> },
     /// A snapshot from a proven sender: its file is verified and durable, and the message says where raft is to go.
     Snapshot { message: Message },
-    /// How a [`Transport::send_snapshot`] ended, once for each.
+    /// How a [`Peers::send_snapshot`] ended, once for each.
     SnapshotSent { peer: u64, delivered: bool },
     /// Who says to be member `id`, at these URLs, asks where it belongs. Nothing of it is proven. To drop `reply` makes it
     /// ask again.
@@ -117,14 +118,14 @@ pub enum Meeting {
     Removed,
 }
 
-/// The connections to and from all peers. All methods are cheap and none waits, but for `close`.
+/// The connections to and from all peers.
 pub struct Transport {
     hub: Arc<hub::Hub>,
 }
 
 impl Transport {
     /// Serves peers on `listeners` and connects to `peers` (this member among them is ignored) until `shutdown` or
-    /// [`Transport::close`].
+    /// [`Peers::close`].
     pub fn start(
         settings: Settings,
         listeners: Vec<TcpListener>,
@@ -140,10 +141,49 @@ impl Transport {
         hub.set_peers(peers);
         Transport { hub }
     }
+}
 
+/// The way to all peers, as the node sees it. All methods are cheap and none waits. The other implementor is the
+/// simulator's network.
+pub trait Peers: Send {
     /// Queues each message for the peer in its `to`. A full queue drops the message and reports the peer unreachable;
     /// messages to no peer are dropped. Give one turn's messages in one call: each peer is woken once a call.
-    pub fn send(&self, mut messages: Vec<Message>) {
+    fn send(&self, messages: Vec<Message>);
+
+    /// Sends the snapshot file that a MsgSnapshot names by its metadata, and the message ahead of it. It ends with
+    /// [`Event::SnapshotSent`], unless the transport does. One at a time for each peer, four in all; another is refused.
+    /// Asserts that the message is one, without data.
+    fn send_snapshot(&self, message: Message);
+
+    /// Forwards writes to the leader: an outcome for each, in order. Asserts that they fit [`PROPOSE_BYTES_MAX`].
+    fn propose(&self, leader: u64, proposals: Vec<(RequestId, Bytes)>) -> Answer<Vec<Result<Position, Rejection>>>;
+
+    /// Forwards a membership change to the leader, for its answer. At most [`RECONFIGURE_BYTES_MAX`] bytes both ways.
+    fn reconfigure(&self, leader: u64, body: Bytes) -> Answer<Bytes>;
+
+    /// The leader that peers are told of from now on, 0 for none.
+    fn set_leader(&self, leader: u64);
+
+    /// Makes `peers` the members to connect to: starts what is new, cuts what leads to an old address and dials the new
+    /// one, drops who was a member and is none now. Who introduced itself but was never listed stays.
+    fn set_peers(&self, peers: Vec<Member>);
+
+    /// Cuts all connections with a member, listed or not, and forgets the verdict over it: the node is asked again when it
+    /// comes back. For removed members that were never in [`Peers::set_peers`], as after a snapshot.
+    fn drop_peer(&self, id: u64);
+
+    /// All peers, by ID.
+    fn status(&self) -> Vec<PeerStatus>;
+
+    /// Ends all tasks and connections. What was queued is lost.
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// What the leader says to what was forwarded, when it comes.
+pub type Answer<T> = Pin<Box<dyn Future<Output = Result<T, ProposeError>> + Send>>;
+
+impl Peers for Transport {
+    fn send(&self, mut messages: Vec<Message>) {
         messages.sort_by_key(|message| message.to);
         let mut messages = messages.into_iter().peekable();
         while let Some(to) = messages.peek().map(|message| message.to) {
@@ -162,58 +202,38 @@ impl Transport {
         }
     }
 
-    /// Forwards writes to the leader: an outcome for each, in order. Asserts that they fit [`PROPOSE_BYTES_MAX`].
-    pub fn propose(
-        &self,
-        leader: u64,
-        proposals: Vec<(RequestId, Bytes)>,
-    ) -> impl Future<Output = Result<Vec<Result<Position, Rejection>>, ProposeError>> + Send + use<> {
-        let hub = self.hub.clone();
-        async move { forward::propose(&hub, leader, &proposals).await }
-    }
-
-    /// Forwards a membership change to the leader, for its answer. At most [`RECONFIGURE_BYTES_MAX`] bytes both ways.
-    pub fn reconfigure(
-        &self,
-        leader: u64,
-        body: Bytes,
-    ) -> impl Future<Output = Result<Bytes, ProposeError>> + Send + use<> {
-        let hub = self.hub.clone();
-        async move { forward::reconfigure(&hub, leader, body).await }
-    }
-
-    /// Sends the snapshot file that a MsgSnapshot names by its metadata, and the message ahead of it. It ends with
-    /// [`Event::SnapshotSent`], unless the transport does. One at a time for each peer, four in all; another is refused.
-    /// Asserts that the message is one, without data.
-    pub fn send_snapshot(&self, message: Message) {
+    fn send_snapshot(&self, message: Message) {
         snapshot::send(&self.hub, message);
     }
 
-    /// The leader that peers are told of from now on, 0 for none.
-    pub fn set_leader(&self, leader: u64) {
+    fn propose(&self, leader: u64, proposals: Vec<(RequestId, Bytes)>) -> Answer<Vec<Result<Position, Rejection>>> {
+        let hub = self.hub.clone();
+        Box::pin(async move { forward::propose(&hub, leader, &proposals).await })
+    }
+
+    fn reconfigure(&self, leader: u64, body: Bytes) -> Answer<Bytes> {
+        let hub = self.hub.clone();
+        Box::pin(async move { forward::reconfigure(&hub, leader, body).await })
+    }
+
+    fn set_leader(&self, leader: u64) {
         self.hub.set_leader(leader);
     }
 
-    /// Makes `peers` the members to connect to: starts what is new, cuts what leads to an old address and dials the new
-    /// one, drops who was a member and is none now. Who introduced itself but was never listed stays.
-    pub fn set_peers(&self, peers: Vec<Member>) {
+    fn set_peers(&self, peers: Vec<Member>) {
         self.hub.set_peers(peers);
     }
 
-    /// Cuts all connections with a member, listed or not, and forgets the verdict over it: the node is asked again when it
-    /// comes back. For removed members that were never in [`Transport::set_peers`], as after a snapshot.
-    pub fn drop_peer(&self, id: u64) {
+    fn drop_peer(&self, id: u64) {
         self.hub.forget(id);
     }
 
-    /// All peers, by ID.
-    pub fn status(&self) -> Vec<PeerStatus> {
+    fn status(&self) -> Vec<PeerStatus> {
         self.hub.status()
     }
 
-    /// Ends all tasks and connections. What was queued is lost.
-    pub async fn close(&self) {
-        self.hub.close().await;
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(self.hub.close())
     }
 }
 

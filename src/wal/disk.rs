@@ -24,6 +24,8 @@ pub trait Disk: Send + Sync {
     fn sync_dir(&self, dir: &Path) -> Result<(), DiskError>;
     /// Size in bytes, `None` where there is no such file.
     fn size(&self, path: &Path) -> Result<Option<u64>, DiskError>;
+    /// A number that no file of an earlier life has: what tells a new file from the bytes of an old one.
+    fn random(&self) -> Result<u64, getrandom::Error>;
 }
 
 /// An open file. Content and size are durable only after [`DiskFile::sync_data`].
@@ -119,6 +121,10 @@ impl Disk for RealDisk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed("look at", path)(error)),
         }
+    }
+
+    fn random(&self) -> Result<u64, getrandom::Error> {
+        getrandom::u64()
     }
 }
 

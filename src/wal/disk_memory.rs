@@ -31,6 +31,8 @@ struct Shared {
     fail_at: Option<u64>,
     stop_at: Option<u64>,
     crashes: u64,
+    seed: u64,
+    drawn: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -54,6 +56,13 @@ enum Change {
 impl MemoryDisk {
     pub fn new() -> Self {
         MemoryDisk::default()
+    }
+
+    /// An empty disk whose random numbers follow from `seed`.
+    pub fn seeded(seed: u64) -> Self {
+        let disk = MemoryDisk::default();
+        disk.shared().seed = seed;
+        disk
     }
 
     /// A disk of its own with the same content.
@@ -85,6 +94,12 @@ impl MemoryDisk {
     /// Cuts the power in the middle of this operation: it and all later ones fail, until [`MemoryDisk::crash`].
     pub fn stop_at(&self, operation: u64) {
         self.shared().stop_at = Some(operation);
+    }
+
+    /// Whether the power is out since [`MemoryDisk::stop_at`].
+    pub fn has_stopped(&self) -> bool {
+        let shared = self.shared();
+        shared.stop_at.is_some_and(|stop| shared.operations > stop)
     }
 
     /// Loses power and comes back. `survives` is asked for each step of each unsynced sector, size and name;
@@ -323,6 +338,13 @@ impl Disk for MemoryDisk {
         operate(&mut self.shared(), "look at", path, |shared| {
             Ok(shared.names.get(path).map(|id| shared.files[id].bytes.len() as u64))
         })
+    }
+
+    /// A sequence of its own for each seed: what a test does, it does again.
+    fn random(&self) -> Result<u64, getrandom::Error> {
+        let mut shared = self.shared();
+        shared.drawn += 1;
+        Ok(xxhash_rust::xxh3::xxh3_64_with_seed(&shared.drawn.to_le_bytes(), shared.seed))
     }
 }
 

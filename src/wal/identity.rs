@@ -72,7 +72,7 @@ impl Identity {
     pub fn create(disk: &dyn Disk, data_dir: &Path, cluster: u64, member: u64) -> Result<Identity, Error> {
         let mut nonce = 0;
         while nonce == 0 {
-            nonce = getrandom::u64().map_err(Error::Random)?;
+            nonce = disk.random().map_err(Error::Random)?;
         }
         let identity = Identity { cluster, member, nonce, has_log: false };
         identity.save(disk, data_dir)?;

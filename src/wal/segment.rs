@@ -134,7 +134,7 @@ impl Segment {
         id: u64,
         first_sequence: u64,
     ) -> Result<Segment, Error> {
-        let mut header = Header { id, salt: getrandom::u64().map_err(Error::Random)?, first_sequence, recycled: false };
+        let mut header = Header { id, salt: disk.random().map_err(Error::Random)?, first_sequence, recycled: false };
         let (mut file, written) = match spare {
             Some(file) => {
                 let mut magic = [0; MAGIC.len()];

@@ -110,7 +110,7 @@ impl Snapshots {
     pub fn write(&self, meta: &Meta, image: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<u64, Error> {
         meta.check().map_err(|why| Error::Image(io::Error::other(why)))?;
         let mut file = Unfinished::create(self)?;
-        let mut writer = ImageWriter::begin(&mut file.out, meta, getrandom::u64().map_err(Error::Random)?)?;
+        let mut writer = ImageWriter::begin(&mut file.out, meta, self.disk.random().map_err(Error::Random)?)?;
         let outcome = image(&mut writer);
         writer.end(outcome)?;
         let size_bytes = file.out.size_bytes();

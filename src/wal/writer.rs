@@ -6,11 +6,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, WeakUnboundedSender, unbounded_channel};
 
 use super::log::Counts;
 use super::record::FRAME_BYTES_MAX;
@@ -66,7 +67,7 @@ enum Work {
 /// The handle to the log thread. Dropped without [`Writer::close`], the thread ends by itself once it has written
 /// what is queued.
 pub struct Writer {
-    work: Sender<Work>,
+    work: UnboundedSender<Work>,
     thread: Option<JoinHandle<()>>,
     queued_bytes: Arc<AtomicU64>,
     counts: Arc<Counts>,
@@ -77,14 +78,42 @@ pub struct Writer {
 impl Writer {
     /// Starts the threads. `events` runs on the log's thread and must not wait.
     pub fn spawn(wal: Wal, events: impl Fn(Event) + Send + 'static) -> Result<Writer, Error> {
-        let (work, queue) = channel();
+        let (wishes, wished) = mpsc::channel();
+        let (mut writer, task) = Writer::new(wal, wishes, Box::new(events));
+        let preparer = Preparer::spawn(writer.spare.clone(), writer.work.clone(), wished)?;
+        let thread = thread::Builder::new().name("wal".to_owned()).spawn(move || {
+            task.run();
+            preparer.close();
+        });
+        writer.thread = Some(thread.map_err(Error::Thread)?);
+        Ok(writer)
+    }
+
+    /// A writer without threads: whoever holds the hand does their work. For a simulator.
+    #[doc(hidden)]
+    pub fn by_hand(wal: Wal, events: impl Fn(Event) + Send + 'static) -> (Writer, Hand) {
+        let (wishes, wished) = mpsc::channel();
+        let (writer, task) = Writer::new(wal, wishes, Box::new(events));
+        let (spare, work) = (writer.spare.clone(), writer.work.downgrade());
+        (writer, Hand { task, next: None, wished, spare, work, preparing: Preparing::default() })
+    }
+
+    fn new(wal: Wal, wishes: Sender<()>, events: Events) -> (Writer, Task) {
+        let (work, queue) = unbounded_channel();
         let (counts, spare, metrics) = (wal.counts.clone(), wal.spare.clone(), wal.metrics.clone());
         let queued_bytes = Arc::new(AtomicU64::new(0));
-        let preparer = Preparer::spawn(spare.clone(), work.clone())?;
-        let task = Task { wal, queue, queued_bytes: queued_bytes.clone(), metrics: metrics.clone(), preparer };
-        let thread = thread::Builder::new().name("wal".to_owned()).spawn(move || task.run(&events));
-        let thread = Some(thread.map_err(Error::Thread)?);
-        Ok(Writer { work, thread, queued_bytes, counts, spare, metrics })
+        let task = Task {
+            wal,
+            queue,
+            events,
+            batch: Vec::new(),
+            queued_bytes: queued_bytes.clone(),
+            metrics: metrics.clone(),
+            room: Room::Ok,
+            wishes,
+            wished_behind: 0,
+        };
+        (Writer { work, thread: None, queued_bytes, counts, spare, metrics }, task)
     }
 
     /// Queues an append; never waits. After the log has failed it goes nowhere.
@@ -162,64 +191,82 @@ enum Then {
     Close,
 }
 
+type Events = Box<dyn Fn(Event) + Send>;
+
 struct Task {
     wal: Wal,
-    queue: Receiver<Work>,
+    queue: UnboundedReceiver<Work>,
+    events: Events,
+    /// Kept for its room.
+    batch: Vec<Append>,
     queued_bytes: Arc<AtomicU64>,
     metrics: Arc<Metrics>,
-    preparer: Preparer,
+    /// As last told.
+    room: Room,
+    wishes: Sender<()>,
+    /// The segment behind which a spare was asked for.
+    wished_behind: u64,
 }
 
 impl Task {
-    fn run(mut self, events: &impl Fn(Event)) {
-        let mut batch = Vec::new();
-        let mut closing = false;
-        let mut room = Room::Ok;
-        // The segment after which a spare was asked for.
-        let mut asked = 0;
-        while !closing {
-            batch.clear();
-            let (taken_bytes, then) = self.take(&mut batch);
-            closing = matches!(then, Then::Close);
-            if let Some(number) = batch.last().map(|append| append.number) {
-                if let Err(error) = self.wal.append(&batch) {
-                    tracing::error!(%error, "the log failed");
-                    events(Event::Failed(error));
-                    break;
-                }
-                let queued = self.queued_bytes.fetch_sub(taken_bytes, Ordering::Relaxed) - taken_bytes;
-                self.metrics.wal_queued_bytes.set(queued.cast_signed());
-                events(Event::Persisted { number });
-                if asked != self.wal.active.header.id {
-                    asked = self.wal.active.header.id;
-                    self.preparer.ask();
-                }
-            }
-            if let Then::Compact { index, term } = then
-                && let Err(error) = self.wal.compact(index, term)
-            {
-                tracing::error!(%error, "the log failed");
-                events(Event::Failed(error));
-                break;
-            }
-            if room != self.wal.room() {
-                room = self.wal.room();
-                events(Event::Room(room));
+    fn run(mut self) {
+        loop {
+            let work = self.queue.blocking_recv().unwrap_or(Work::Close);
+            if !self.turn(work) {
+                return;
             }
         }
-        self.preparer.close();
     }
 
-    /// Waits for work, then takes what else is there, up to what must come behind those appends. Returns their bytes, and
-    /// that.
-    fn take(&self, batch: &mut Vec<Append>) -> (u64, Then) {
+    /// Does this work, and what else waits and can go with it. False once the log is closed or has failed.
+    fn turn(&mut self, work: Work) -> bool {
+        let (taken_bytes, then) = self.take(work);
+        if let Err(error) = self.write(taken_bytes).and_then(|()| self.compact(&then)) {
+            tracing::error!(%error, "the log failed");
+            (self.events)(Event::Failed(error));
+            return false;
+        }
+        if self.room != self.wal.room() {
+            self.room = self.wal.room();
+            (self.events)(Event::Room(self.room));
+        }
+        !matches!(then, Then::Close)
+    }
+
+    /// Makes the batch durable.
+    fn write(&mut self, taken_bytes: u64) -> Result<(), Error> {
+        let Some(number) = self.batch.last().map(|append| append.number) else {
+            return Ok(());
+        };
+        self.wal.append(&self.batch)?;
+        let queued = self.queued_bytes.fetch_sub(taken_bytes, Ordering::Relaxed) - taken_bytes;
+        self.metrics.wal_queued_bytes.set(queued.cast_signed());
+        (self.events)(Event::Persisted { number });
+        if self.wished_behind != self.wal.active.header.id {
+            self.wished_behind = self.wal.active.header.id;
+            self.wishes.send(()).expect("whoever prepares spares outlives the log");
+        }
+        Ok(())
+    }
+
+    fn compact(&mut self, then: &Then) -> Result<(), Error> {
+        match then {
+            Then::Compact { index, term } => self.wal.compact(*index, *term),
+            Then::Nothing | Then::Close => Ok(()),
+        }
+    }
+
+    /// Takes work into the batch, and what else waits, up to what must come behind those appends. Returns their bytes,
+    /// and that.
+    fn take(&mut self, work: Work) -> (u64, Then) {
+        self.batch.clear();
         let mut bytes = 0;
-        let mut next = self.queue.recv().unwrap_or(Work::Close);
+        let mut next = work;
         loop {
             match next {
                 Work::Append(append) => {
                     bytes += append.size_bytes();
-                    batch.push(append);
+                    self.batch.push(append);
                 }
                 Work::Compact { index, term } => return (bytes, Then::Compact { index, term }),
                 Work::Room => {}
@@ -236,55 +283,98 @@ impl Task {
     }
 }
 
+/// Prepares spares, again after a failure.
+#[derive(Default)]
+struct Preparing {
+    failing: bool,
+}
+
+impl Preparing {
+    /// Nobody was told of anything in a spare, so that its failure does not stop the node: a disk that is broken shows
+    /// at the next append.
+    fn prepare(&mut self, spare: &Spare, stop: &AtomicBool) {
+        let outcome = spare.prepare(stop);
+        if let Err(error) = &outcome
+            && !self.failing
+        {
+            tracing::warn!(%error, "no spare log segment; trying again every second");
+        }
+        self.failing = outcome.is_err();
+    }
+}
+
 /// The thread that keeps a spare segment ready.
 struct Preparer {
-    wishes: Sender<()>,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 impl Preparer {
-    fn spawn(spare: Arc<Spare>, work: Sender<Work>) -> Result<Preparer, Error> {
-        let (wishes, asked) = channel();
+    /// `wished` brings a wish for each spare that is needed, and ends with the log.
+    fn spawn(spare: Arc<Spare>, work: UnboundedSender<Work>, wished: Receiver<()>) -> Result<Preparer, Error> {
         let stop = Arc::new(AtomicBool::new(false));
         let (task_stop, name) = (stop.clone(), "wal-spare".to_owned());
-        let run = move || Preparer::run(&spare, &work, &asked, &task_stop);
+        let run = move || Preparer::run(&spare, &work, &wished, &task_stop);
         let thread = thread::Builder::new().name(name).spawn(run).map_err(Error::Thread)?;
-        Ok(Preparer { wishes, stop, thread })
+        Ok(Preparer { stop, thread })
     }
 
-    /// Asks for a spare to be made; never waits.
-    fn ask(&self) {
-        self.wishes.send(()).expect("the preparer lives until it is closed");
-    }
-
-    fn run(spare: &Spare, work: &Sender<Work>, asked: &Receiver<()>, stop: &AtomicBool) {
-        let mut failing = false;
+    fn run(spare: &Spare, work: &UnboundedSender<Work>, wished: &Receiver<()>, stop: &AtomicBool) {
+        let mut preparing = Preparing::default();
         loop {
-            match asked.recv_timeout(if failing { SPARE_RETRY } else { Duration::MAX }) {
+            match wished.recv_timeout(if preparing.failing { SPARE_RETRY } else { Duration::MAX }) {
                 Ok(()) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            // Nobody was told of anything in a spare, so that its failure does not stop the node: a disk that is
-            // broken shows at the next append.
-            let outcome = spare.prepare(stop);
-            if let Err(error) = &outcome
-                && !failing
-            {
-                tracing::warn!(%error, "no spare log segment; trying again every second");
-            }
-            failing = outcome.is_err();
+            preparing.prepare(spare, stop);
             if work.send(Work::Room).is_err() {
                 return;
             }
         }
     }
 
+    /// The log has ended: so does this, at once.
     fn close(self) {
         self.stop.store(true, Ordering::Relaxed);
-        drop(self.wishes);
         if let Err(panic) = self.thread.join() {
             std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// The work of both threads, done when a simulator says so.
+#[doc(hidden)]
+pub struct Hand {
+    task: Task,
+    next: Option<Work>,
+    wished: Receiver<()>,
+    spare: Arc<Spare>,
+    work: WeakUnboundedSender<Work>,
+    preparing: Preparing,
+}
+
+impl Hand {
+    /// Waits until there is something to write.
+    pub async fn work(&mut self) {
+        if self.next.is_none() {
+            self.next = Some(self.task.queue.recv().await.unwrap_or(Work::Close));
+        }
+    }
+
+    /// Does what waits. False once the log is closed or has failed.
+    pub fn turn(&mut self) -> bool {
+        self.next.take().is_none_or(|work| self.task.turn(work))
+    }
+
+    /// Whether a spare segment is to be prepared.
+    pub fn wants_spare(&mut self) -> bool {
+        self.preparing.failing || self.wished.try_recv().is_ok()
+    }
+
+    pub fn prepare_spare(&mut self) {
+        self.preparing.prepare(&self.spare, &false.into());
+        if let Some(work) = self.work.upgrade() {
+            work.send(Work::Room).expect("this hand holds the other end");
         }
     }
 }
@@ -307,7 +397,7 @@ mod tests {
     fn spawn(disk: &MemoryDisk) -> (Writer, Receiver<Event>) {
         let options = Options { dir: "/data/wal".into(), segment_bytes: SEGMENT_BYTES };
         let (wal, _) = Wal::create(Arc::new(disk.clone()), &options, &[], 1, Arc::default()).unwrap();
-        let (sender, events) = channel();
+        let (sender, events) = mpsc::channel();
         let writer = Writer::spawn(wal, move |event| sender.send(event).unwrap()).unwrap();
         (writer, events)
     }

@@ -156,12 +156,12 @@ fn every_cut_and_every_flipped_byte_is_refused_by_who_restores_and_by_who_receiv
 #[test]
 fn blocks_of_another_place_or_file_do_not_pass() {
     let bytes: Vec<u8> = (0..2 * BLOCK_BYTES_MAX).map(|at| (at % 253) as u8).collect();
-    let file = || {
-        let disk = MemoryDisk::new();
+    let file = |seed| {
+        let disk = MemoryDisk::seeded(seed);
         open(&disk).write(&meta(5, 1), |out| out.write_all(&bytes)).unwrap();
         disk.content(&path(5, 1)).unwrap()
     };
-    let (whole, other) = (file(), file());
+    let (whole, other) = (file(1), file(2));
     // The end block has 20 bytes, each of the two others a header of 8.
     let block = 8 + BLOCK_BYTES_MAX;
     let start = whole.len() - 20 - 2 * block;
