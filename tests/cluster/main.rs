@@ -8,6 +8,9 @@ mod defects;
 mod disk;
 mod grow;
 mod harness;
+#[path = "../history/mod.rs"]
+mod history;
+mod linearizable;
 mod lone;
 mod refusals;
 mod sockets;
