@@ -47,6 +47,9 @@ const PROPOSALS_MAX: usize = 8192;
 /// Events on their way from the peers to the node. More than this wait in TCP's buffers.
 const PEER_EVENTS_MAX: usize = 4096;
 
+/// What appends leave of a full disk's log: enough for any number of elections.
+const LOG_RESERVE_BYTES: u64 = 1 << 20;
+
 /// How long a start tries for what a process before it may still hold, and the pause between two tries.
 const PATIENCE: Duration = Duration::from_secs(1);
 const TRY_AGAIN: Duration = Duration::from_millis(10);
@@ -284,6 +287,7 @@ impl Running {
             election_ticks: config.election_ticks,
             seed: getrandom::u64().map_err(wal::Error::Random)?,
             request_timeout: config.request_timeout,
+            reserve_bytes: LOG_RESERVE_BYTES,
             snapshots: node::Policy {
                 count: config.snapshot_count,
                 interval: config.snapshot_interval,

@@ -12,9 +12,6 @@ use crate::wal::Room;
 /// Bytes of command proposed to raft, or forwarded, at once.
 const PROPOSAL_BYTES_MAX: usize = 1 << 20;
 
-/// Room in the log that appends leave for terms and votes when the disk is full.
-const RESERVE_BYTES: u64 = 1 << 20;
-
 /// What an entry takes in the log beside its command, and more.
 const ENTRY_OVERHEAD_BYTES: usize = 128;
 
@@ -43,7 +40,7 @@ impl<A: Send + 'static> Node<A> {
         let bytes: u64 = sizes.map(|size| (size + ENTRY_OVERHEAD_BYTES) as u64).sum();
         let entering = self.entering_bytes + bytes;
         let fits =
-            self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX && self.ends.wal.has_room_for(entering + RESERVE_BYTES);
+            self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX && self.ends.wal.has_room_for(entering + self.settings.reserve_bytes);
         if fits {
             self.entering_bytes = entering;
         }

@@ -69,6 +69,8 @@ pub struct Settings {
     /// Of the random part of election time-outs: with it, a node does the same again.
     pub seed: u64,
     pub request_timeout: Duration,
+    /// Room in the log that appends leave for terms and votes when the disk is full.
+    pub reserve_bytes: u64,
     pub snapshots: Policy,
 }
 

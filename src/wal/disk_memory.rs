@@ -75,6 +75,12 @@ impl MemoryDisk {
         self.shared().capacity_bytes = bytes;
     }
 
+    /// What all files together take.
+    pub fn used_bytes(&self) -> u64 {
+        let shared = self.shared();
+        shared.names.values().map(|id| shared.files[id].bytes.len() as u64).sum()
+    }
+
     /// Operations so far, each call through [`Disk`] or [`DiskFile`] being one.
     pub fn operations(&self) -> u64 {
         self.shared().operations

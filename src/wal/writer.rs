@@ -141,7 +141,8 @@ impl Writer {
         let active = self.counts.active_room_bytes.load(Ordering::Relaxed);
         let spare = self.spare.room_bytes();
         // A frame does not span segments: the end of the active one may stay unused, up to a frame's length.
-        let usable = active.max((active + spare).saturating_sub(if spare > 0 { FRAME_BYTES_MAX } else { 0 }));
+        let both = (active + spare).saturating_sub(if spare > 0 { FRAME_BYTES_MAX } else { 0 });
+        let usable = active.max(spare).max(both);
         self.queued_bytes() + bytes <= usable
     }
 

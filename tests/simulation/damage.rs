@@ -1,0 +1,63 @@
+//! Flips bits on the disk of a host that is down, and holds recovery to its word at once: it finds exactly what was
+//! there, or refuses, or has lost the last frame, which cannot be told from a write that was torn. The last is not
+//! done to the host, for no member could know.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fastrand::Rng;
+use raftkv::metrics::Metrics;
+use raftkv::wal::disk::Disk;
+use raftkv::wal::disk_memory::MemoryDisk;
+use raftkv::wal::{Options, Recovered, Wal};
+
+/// Flips one bit, where that is fair. Says where.
+pub fn flip(disk: &MemoryDisk, segment_bytes: u64, rng: &mut Rng) -> Result<Option<String>, String> {
+    let Some((path, bit)) = choose(disk, rng) else { return Ok(None) };
+    let options = Options { dir: "/data/wal".into(), segment_bytes };
+    let recover = |disk: MemoryDisk| Wal::open(Arc::new(disk), &options, 1, Arc::new(Metrics::new()));
+    let Ok((_, before)) = recover(disk.fork()) else { return Ok(None) };
+    let damaged = disk.fork();
+    damaged.flip(&path, bit);
+    let place = format!("bit {bit} of {}", path.display());
+    if let Ok((_, after)) = recover(damaged)
+        && !same(&before, &after)
+    {
+        return if cut_short(&before, &after) {
+            Ok(None)
+        } else {
+            Err(format!("{place} is flipped: {before:?} is recovered as {after:?}"))
+        };
+    }
+    disk.flip(&path, bit);
+    Ok(Some(place))
+}
+
+/// A bit of a file of the log, or of a snapshot; more often near the start of the file, where there is something.
+fn choose(disk: &MemoryDisk, rng: &mut Rng) -> Option<(PathBuf, u64)> {
+    let mut files = Vec::new();
+    for dir in ["/data", "/data/wal", "/data/snap"] {
+        let names = disk.list(Path::new(dir)).ok()?;
+        files.extend(names.into_iter().map(|name| Path::new(dir).join(name)));
+    }
+    files.retain(|file| disk.content(file).is_some_and(|content| !content.is_empty()));
+    if files.is_empty() {
+        return None;
+    }
+    let file = files.swap_remove(rng.usize(0..files.len()));
+    let bits = disk.content(&file)?.len() as u64 * 8;
+    let reach = if rng.bool() { bits } else { bits.min(8 * 8192) };
+    Some((file, rng.u64(0..reach)))
+}
+
+fn same(before: &Recovered, after: &Recovered) -> bool {
+    (&before.hard_state, &before.entries, &before.nonces, before.compacted)
+        == (&after.hard_state, &after.entries, &after.nonces, after.compacted)
+}
+
+/// Whether `after` may be what the log held before its last frame.
+fn cut_short(before: &Recovered, after: &Recovered) -> bool {
+    after.hard_state.term <= before.hard_state.term
+        && after.hard_state.commit <= before.hard_state.commit
+        && after.cut_bytes > 0
+}
