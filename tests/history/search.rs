@@ -123,21 +123,28 @@ struct Configuration {
 
 /// By value and what has happened: the sets of unknown writes that were used, none within another.
 #[derive(Debug, Default)]
-struct Frontier(BTreeMap<(u32, Vec<usize>), Vec<(Vec<usize>, usize)>>);
+struct Frontier(BTreeMap<(u32, Vec<usize>), Vec<Used>>);
+
+/// What tells apart configurations with the same value and the same answers to come.
+#[derive(Debug)]
+struct Used {
+    unknown: Vec<usize>,
+    order: usize,
+}
 
 impl Frontier {
     fn insert(&mut self, new: Configuration) {
         let within = |a: &[usize], b: &[usize]| a.iter().all(|one| b.binary_search(one).is_ok());
         let used = self.0.entry((new.value, new.answered)).or_default();
-        if !used.iter().any(|(unknown, _)| within(unknown, &new.unknown)) {
-            used.retain(|(unknown, _)| !within(&new.unknown, unknown));
-            used.push((new.unknown, new.order));
+        if !used.iter().any(|old| within(&old.unknown, &new.unknown)) {
+            used.retain(|old| !within(&new.unknown, &old.unknown));
+            used.push(Used { unknown: new.unknown, order: new.order });
         }
     }
 
     fn configurations(&self) -> impl Iterator<Item = Configuration> {
         self.0.iter().flat_map(|((value, answered), used)| {
-            used.iter().map(|(unknown, order)| Configuration {
+            used.iter().map(|Used { unknown, order }| Configuration {
                 value: *value,
                 answered: answered.clone(),
                 unknown: unknown.clone(),
