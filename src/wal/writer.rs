@@ -367,12 +367,11 @@ impl Hand {
         self.next.take().is_none_or(|work| self.task.turn(work))
     }
 
-    /// Whether a spare segment is to be prepared.
-    pub fn wants_spare(&mut self) -> bool {
-        self.preparing.failing || self.wished.try_recv().is_ok()
-    }
-
-    pub fn prepare_spare(&mut self) {
+    /// Prepares a spare segment if one was asked for; or, with `again`, if the last try failed.
+    pub fn prepare_spare(&mut self, again: bool) {
+        if self.wished.try_recv().is_err() && !(again && self.preparing.failing) {
+            return;
+        }
         self.preparing.prepare(&self.spare, &false.into());
         if let Some(work) = self.work.upgrade() {
             work.send(Work::Room).expect("this hand holds the other end");

@@ -125,6 +125,8 @@ struct Gated<F> {
     thawed: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     world: Shared,
     id: u64,
+    /// The node's log lines name their host.
+    span: tracing::Span,
 }
 
 impl<F: Future> Future for Gated<F> {
@@ -140,6 +142,7 @@ impl<F: Future> Future for Gated<F> {
             }
         }
         this.thawed = None;
+        let _host = this.span.enter();
         let outcome = if this.gate.disk.has_stopped() { Poll::Pending } else { this.task.as_mut().poll(context) };
         if this.gate.disk.has_stopped() {
             let id = this.id;
@@ -388,7 +391,8 @@ impl World {
     fn spawn(&mut self, id: u64, task: impl Future<Output = ()> + Send + 'static) {
         let world = self.shared();
         let process = self.host(id).process.as_mut().expect("it runs");
-        let gated = Gated { task: Box::pin(task), gate: process.gate.clone(), thawed: None, world: world.clone(), id };
+        let (gate, span) = (process.gate.clone(), tracing::info_span!("host", id));
+        let gated = Gated { task: Box::pin(task), gate, thawed: None, world: world.clone(), id, span };
         let task = tokio::spawn(gated);
         process.tasks.push(task.abort_handle());
         tokio::spawn(async move {
@@ -413,7 +417,8 @@ impl World {
         };
         self.note(format_args!("node {id}: {text}"));
         let host = self.host(id);
-        let stopping = host.process.as_ref().is_some_and(|process| process.stopping);
+        let process = host.process.as_mut().expect("looked at above");
+        let stopping = std::mem::replace(&mut process.stopping, true);
         let expected = match outcome {
             Ok(()) => stopping,
             Err(node::Stopped::Removed) => {
@@ -523,11 +528,11 @@ async fn tap(
 /// The log's threads, at the pace of the disk.
 async fn write(world: Shared, id: u64, mut hand: Hand) {
     loop {
-        tokio::select! {
+        let again = tokio::select! {
             biased;
-            () = hand.work() => {}
-            () = sleep(SPARE_RETRY) => {}
-        }
+            () = hand.work() => false,
+            () = sleep(SPARE_RETRY) => true,
+        };
         let delay = {
             let mut world = lock(&world);
             let longest = world.hosts[&id].sync_millis;
@@ -539,8 +544,6 @@ async fn write(world: Shared, id: u64, mut hand: Hand) {
         if !hand.turn() {
             return;
         }
-        if hand.wants_spare() {
-            hand.prepare_spare();
-        }
+        hand.prepare_spare(again);
     }
 }

@@ -42,6 +42,10 @@ fn no_kept_seed_fails() {
 #[test]
 #[ignore = "run by scripts/simulate"]
 fn simulate() {
+    if std::env::var_os("SIMULATE_LOG").is_some() {
+        let filter = tracing_subscriber::EnvFilter::from_env("SIMULATE_LOG");
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).without_time().with_target(false).init();
+    }
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let length = Length { weather_millis: number("SIMULATE_SECONDS").unwrap_or(300) * 1000 };
     if let Some(seed) = number("SIMULATE_SEED") {

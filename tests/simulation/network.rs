@@ -12,6 +12,7 @@ use raftkv::channel::{Rejection, RequestId};
 use raftkv::cluster::Member;
 use raftkv::transport::{Answer, Event, Meeting, PeerStatus, Peers, Position, ProposeError, Refusal};
 use raftkv::window::{Seen, Window};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
 use crate::world::{Millis, Shared, World, lock};
@@ -22,6 +23,8 @@ const WINDOW_FRAMES: usize = 8192;
 const DIAL_MILLIS: Millis = 150;
 /// After this long without an answer a forwarded request is given up, as the transport does it.
 const ANSWER_MILLIS: Millis = 5000;
+/// A connection on which nothing moves for so long is given up.
+const STALLED_MILLIS: Millis = 5000;
 
 /// What the weather makes of it. Chances are per mille.
 #[derive(Debug, Clone)]
@@ -182,9 +185,21 @@ impl World {
         per_mille > 0 && self.rng.u32(0..1000) < per_mille
     }
 
-    /// Tells a node something, if it has room to hear it.
+    /// Tells a node something. While it has no room this waits, as a connection does. False where it is gone.
     fn tell(&mut self, id: u64, life: u64, event: Event) -> bool {
-        self.process(id, life).is_some_and(|process| process.peer_events.try_send(event).is_ok())
+        self.tell_in_time(id, life, event, 0)
+    }
+
+    fn tell_in_time(&mut self, id: u64, life: u64, event: Event, waited: Millis) -> bool {
+        let Some(process) = self.process(id, life) else { return false };
+        if let Err(TrySendError::Full(event)) = process.peer_events.try_send(event)
+            && waited < STALLED_MILLIS
+        {
+            self.after(1, move |world| {
+                world.tell_in_time(id, life, event, waited + 1);
+            });
+        }
+        true
     }
 
     /// Whether frames of `from` reach `to`: its stream is open, and of these two lives.
@@ -247,7 +262,9 @@ impl World {
                 Some(peer_life) if !lost => {
                     self.after(delay, move |world| world.introduce((id, life), (peer, peer_life)));
                 }
-                _ => drop(self.tell(id, life, Event::Unreachable { peer })),
+                _ => {
+                    self.tell(id, life, Event::Unreachable { peer });
+                }
             }
         }
         let pause = DIAL_MILLIS + self.rng.u64(0..DIAL_MILLIS);
@@ -442,10 +459,7 @@ impl World {
         self.tell(to, to_life, Event::Snapshot { message })
     }
 
-    /// Raft waits for this word: it must come, however busy the node is.
     fn snapshot_sent(&mut self, id: u64, life: u64, peer: u64, delivered: bool) {
-        if self.process(id, life).is_some() && !self.tell(id, life, Event::SnapshotSent { peer, delivered }) {
-            self.after(10, move |world| world.snapshot_sent(id, life, peer, delivered));
-        }
+        self.tell(id, life, Event::SnapshotSent { peer, delivered });
     }
 }

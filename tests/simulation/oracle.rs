@@ -2,10 +2,11 @@
 //! what they publish as committed, to each state after each batch, and to what clients were told; the first breach
 //! ends the run. What a node only thinks is its own affair.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use bytes::Bytes;
-use raft::eraftpb::{Entry, Message, MessageType};
+use protobuf::Message as _;
+use raft::eraftpb::{ConfChangeType, ConfChangeV2, Entry, EntryType, Message, MessageType};
 use raftkv::channel::{Commit, RequestId};
 use raftkv::command::Command;
 use raftkv::kv::Written;
@@ -33,6 +34,9 @@ pub struct Oracle {
     /// Values of writes that the client was told would never be applied, and of those committed.
     rejected: HashSet<Bytes>,
     applied: HashMap<Bytes, u64>,
+    /// Changes of the membership that left a leader, by index and term.
+    changes: HashMap<(u64, u64), ConfChangeV2>,
+    voters: BTreeSet<u64>,
 }
 
 #[derive(PartialEq)]
@@ -95,6 +99,16 @@ impl Oracle {
         self.failure.as_deref()
     }
 
+    /// A cluster begins.
+    pub fn founded(&mut self, voters: impl Iterator<Item = u64>) {
+        self.voters = voters.collect();
+    }
+
+    /// Who votes, as of the last entry known to be committed.
+    pub fn voters(&self) -> &BTreeSet<u64> {
+        &self.voters
+    }
+
     /// Entries known to be committed.
     pub fn commits(&self) -> usize {
         self.committed.len()
@@ -151,6 +165,12 @@ impl Oracle {
     fn entry(&mut self, from: u64, entry: &Entry, before: u64) {
         let hash = hash(&entry.context, &entry.data);
         let sent = Sent { hash, before: Some(before) };
+        if entry.get_entry_type() == EntryType::EntryConfChangeV2 {
+            let mut change = ConfChangeV2::default();
+            let read = change.merge_from_bytes(&entry.data);
+            self.expect(read.is_ok(), || format!("node {from} sends a change that cannot be read: {read:?}"));
+            self.changes.insert((entry.index, entry.term), change);
+        }
         let first = self.entries.entry((entry.index, entry.term)).or_insert(Sent { hash, before: Some(before) });
         if *first != sent {
             self.fail(format!("node {from} sends another entry {} of term {}", entry.index, entry.term));
@@ -202,6 +222,12 @@ impl Oracle {
             self.expect(index == self.last() + 1, || format!("entry {index} is committed before {}", index - 1));
             if let Some((request, command)) = what {
                 self.apply(index, request, command);
+            }
+            for single in self.changes.get(&(index, entry_term)).into_iter().flat_map(|change| &change.changes) {
+                match single.get_change_type() {
+                    ConfChangeType::AddNode => self.voters.insert(single.node_id),
+                    ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&single.node_id),
+                };
             }
             let revision = self.reference.revision();
             self.committed.push(Committed { term: entry_term, known_in: term.max(entry_term), hash, revision });

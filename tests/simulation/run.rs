@@ -77,6 +77,7 @@ async fn one(seed: u64, length: Length, tell: bool) -> Outcome {
             let skew = world.rng.u64(0..=2 * forecast.skew);
             world.host(id).tick = std::time::Duration::from_millis(100 - forecast.skew + skew);
         }
+        world.oracle.founded(1..=forecast.founders);
         weather::set_fair(&mut world, &forecast);
         for id in 1..=forecast.founders {
             let pause = world.rng.u64(0..300);

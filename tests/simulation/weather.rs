@@ -236,11 +236,14 @@ fn cut(world: &mut World, pairs: Vec<(u64, u64)>, lasts: Millis) {
     world.after(lasts, move |world| world.net.cut.retain(|pair| !pairs.contains(pair)));
 }
 
-/// Members whose data are still there, of those that vote as far as the operator knows.
+/// Whether the cluster goes on if one more loses its data: no system of this kind survives the loss of a majority.
 fn can_lose_one(world: &World) -> bool {
-    let members: Vec<_> = world.hosts.values().filter(|host| host.state != State::Removed).collect();
-    let healthy = members.iter().filter(|host| host.state == State::Well && !host.wiped && !host.damaged).count();
-    healthy > members.len() / 2 + 1
+    let voters = world.oracle.voters();
+    let well = |id: &&u64| {
+        let host = &world.hosts[*id];
+        host.state == State::Well && !host.wiped && !host.damaged
+    };
+    voters.iter().filter(well).count() > voters.len() / 2 + 1
 }
 
 /// Flips a bit on the disk of a host, as far as it may be noticed, and starts it.

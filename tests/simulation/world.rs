@@ -123,6 +123,7 @@ impl World {
         self.mark(&[now]);
         let text = event.to_string();
         self.trace.update(text.as_bytes());
+        tracing::info!("{:.3} {text}", now as f64 / 1000.0);
         if let Some(diary) = &mut self.diary {
             diary.push(format!("{:>8.3} {text}", now as f64 / 1000.0));
         }
