@@ -2,6 +2,7 @@
 //! frame cut at any byte, any earlier bit flipped, a disk that fills or fails.
 
 mod history;
+mod proof;
 mod snapshots;
 
 use std::collections::BTreeMap;
