@@ -94,6 +94,9 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             let why = format!("frame {} is bad, yet frame {sequence} follows at byte {offset}", scan.next_sequence);
             return Err(corrupt(&path, scan.tail, why));
         }
+        if replay.base.is_none() {
+            return Err(corrupt(&segment::path(dir, first - 1), 0, "this segment, which the log needs, is missing"));
+        }
         replay.check().map_err(|why| corrupt(&path, scan.tail, why))?;
         let tail = scan.tail as u64;
         return Ok(Found {
