@@ -4,10 +4,12 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod catch_up;
+mod damage;
 mod defects;
 mod disk;
 mod grow;
 mod harness;
+mod kept;
 mod lone;
 mod refusals;
 mod sockets;
