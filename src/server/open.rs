@@ -13,7 +13,7 @@ use crate::cluster::{Introduction, Member, PeerUrl, cluster_id};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::node;
-use crate::store::{State, read_image};
+use crate::store::{BadImage, State, read_image};
 use crate::transport::{self, IntroduceError};
 use crate::wal::disk::RealDisk;
 use crate::wal::identity::{Identity, LOG_DIR};
@@ -71,7 +71,10 @@ async fn restart(config: &Config, identity: Identity, log: &Options, metrics: &A
     let (meta, state) = match snapshots.newest(base, last, term_at)? {
         Some(meta) => {
             let (_, image) = snapshots.read(meta.index, meta.term)?;
-            let state = read_image(image).map_err(|error| Error::Image { index: meta.index, error })?;
+            let state = read_image(image).map_err(|error| match error {
+                BadImage::NewerFormat(_) => Error::NewerImage { index: meta.index, error },
+                BadImage::Damaged(_) | BadImage::Read(_) => Error::Image { index: meta.index, error },
+            })?;
             if state.applied() != meta.index {
                 return Err(Error::WrongImage { index: meta.index, found: state.applied() });
             }

@@ -7,6 +7,7 @@ mod catch_up;
 mod damage;
 mod defects;
 mod disk;
+mod formats;
 mod grow;
 mod harness;
 mod kept;
