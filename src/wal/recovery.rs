@@ -86,7 +86,7 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             Ok(None) => {}
             Ok(Some(sequence)) => {
                 let why = format!("this segment is missing: frame {sequence} and what follows are in it");
-                return Err(corrupt(&segment::path(dir, id + 1), 0, why));
+                return Err(corrupt(&segment::path(dir, id.saturating_add(1)), 0, why));
             }
             Err(_) => return Err(corrupt(&path, 0, "the word in its header that another segment follows is bad")),
         }
@@ -95,7 +95,8 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             return Err(corrupt(&path, scan.tail, why));
         }
         if replay.base.is_none() {
-            return Err(corrupt(&segment::path(dir, first - 1), 0, "this segment, which the log needs, is missing"));
+            let missing = segment::path(dir, first.saturating_sub(1));
+            return Err(corrupt(&missing, 0, "this segment, which the log needs, is missing"));
         }
         replay.check().map_err(|why| corrupt(&path, scan.tail, why))?;
         let tail = scan.tail as u64;
