@@ -84,6 +84,8 @@ pub enum Error {
         "the snapshot at {index} cannot be restored: {error}; remove this member and add the machine under a new ID"
     )]
     Image { index: u64, error: store::BadImage },
+    #[error("the snapshot at {index} cannot be restored: {error}")]
+    NewerImage { index: u64, error: store::BadImage },
     #[error(
         "the snapshot at {index} holds the state at {found}; remove this member and add the machine under a new ID"
     )]
@@ -112,6 +114,7 @@ impl Error {
             | Error::NoAddress { .. } => 2,
             Error::Bind { .. }
             | Error::Image { .. }
+            | Error::NewerImage { .. }
             | Error::WrongImage { .. }
             | Error::Wal(_)
             | Error::Node(_)

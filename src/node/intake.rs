@@ -39,8 +39,8 @@ impl<A: Send + 'static> Node<A> {
     pub(super) fn may_append(&mut self, sizes: impl Iterator<Item = usize>) -> bool {
         let bytes: u64 = sizes.map(|size| (size + ENTRY_OVERHEAD_BYTES) as u64).sum();
         let entering = self.entering_bytes + bytes;
-        let fits =
-            self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX && self.ends.wal.has_room_for(entering + self.settings.reserve_bytes);
+        let fits = self.ends.wal.queued_bytes() <= WAL_QUEUE_BYTES_MAX
+            && self.ends.wal.has_room_for(entering + self.settings.reserve_bytes);
         if fits {
             self.entering_bytes = entering;
         }

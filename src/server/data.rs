@@ -9,7 +9,7 @@ use raft::eraftpb::Entry;
 use super::Error;
 use crate::cluster::Member;
 use crate::metrics::Metrics;
-use crate::store::{State, read_image};
+use crate::store::{BadImage, State, read_image};
 use crate::wal::disk::Disk;
 use crate::wal::identity::{Identity, LOG_DIR};
 use crate::wal::snapshot::{Meta, Snapshots};
@@ -67,7 +67,10 @@ impl Place {
         let (meta, state) = match snapshots.newest(base, last, term_at)? {
             Some(meta) => {
                 let (_, image) = snapshots.read(meta.index, meta.term)?;
-                let state = read_image(image).map_err(|error| Error::Image { index: meta.index, error })?;
+                let state = read_image(image).map_err(|error| match error {
+                    BadImage::NewerFormat(_) => Error::NewerImage { index: meta.index, error },
+                    BadImage::Damaged(_) | BadImage::Read(_) => Error::Image { index: meta.index, error },
+                })?;
                 if state.applied() != meta.index {
                     return Err(Error::WrongImage { index: meta.index, found: state.applied() });
                 }

@@ -359,16 +359,16 @@ impl Wal {
             return Ok(());
         }
         let fits = self.frame.len().next_multiple_of(record::FRAME_ALIGN) as u64 <= self.active.room_bytes();
-        if !fits {
-            self.rotate()?;
-        }
+        let full = if fits { None } else { Some(self.rotate()?) };
         record::seal_frame(&mut self.frame, self.active.header.frame_seed(), self.next_sequence);
         self.active.write(&self.frame)?;
         let started = Instant::now();
-        if fits {
-            self.active.sync()?;
-        } else {
-            self.active.publish(self.disk.as_ref(), &self.options.dir)?;
+        match full {
+            None => self.active.sync()?,
+            Some(full) => {
+                self.active.publish(self.disk.as_ref(), &self.options.dir)?;
+                full.close(self.next_sequence)?;
+            }
         }
         self.metrics.wal_fsync_seconds.observe(started.elapsed().as_secs_f64());
         if self.frame_restarts {
@@ -381,14 +381,14 @@ impl Wal {
         Ok(())
     }
 
-    /// Makes a draft of the next segment the active one; its first frame publishes it.
-    fn rotate(&mut self) -> Result<(), Error> {
+    /// Makes a draft of the next segment the active one, whose first frame publishes it, and returns the full one.
+    fn rotate(&mut self) -> Result<Segment, Error> {
         let (disk, dir) = (self.disk.as_ref(), &self.options.dir);
         let (id, sequence) = (self.active.header.id, self.next_sequence);
         let next = Segment::draft(disk, dir, self.spare.take()?, self.options.segment_bytes, id + 1, sequence)?;
         let full = std::mem::replace(&mut self.active, next);
         self.closed.push_back(Closed { id, last_index: full.last_index, size_bytes: full.size_bytes });
-        Ok(())
+        Ok(full)
     }
 
     fn count_write(&self, bytes: usize) {

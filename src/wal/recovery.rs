@@ -62,6 +62,10 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
         let file = disk.open(&path)?;
         let bytes = read_all(file.as_ref())?;
         let header = header(&path, &bytes, id)?;
+        if (bytes.len() as u64) < header.size_bytes {
+            let why = format!("it ends here, and was made with {} bytes", header.size_bytes);
+            return Err(corrupt(&path, bytes.len(), why));
+        }
         if let Some((path, scan)) = &previous
             && scan.next_sequence != header.first_sequence
         {
@@ -78,9 +82,21 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             previous = Some((path, scan));
             continue;
         }
+        match header.next_sequence(&bytes) {
+            Ok(None) => {}
+            Ok(Some(sequence)) => {
+                let why = format!("this segment is missing: frame {sequence} and what follows are in it");
+                return Err(corrupt(&segment::path(dir, id.saturating_add(1)), 0, why));
+            }
+            Err(_) => return Err(corrupt(&path, 0, "the word in its header that another segment follows is bad")),
+        }
         if let Some((offset, sequence)) = later_frame(&bytes, &header, &scan) {
             let why = format!("frame {} is bad, yet frame {sequence} follows at byte {offset}", scan.next_sequence);
             return Err(corrupt(&path, scan.tail, why));
+        }
+        if replay.base.is_none() {
+            let missing = segment::path(dir, first.saturating_sub(1));
+            return Err(corrupt(&missing, 0, "this segment, which the log needs, is missing"));
         }
         replay.check().map_err(|why| corrupt(&path, scan.tail, why))?;
         let tail = scan.tail as u64;

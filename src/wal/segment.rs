@@ -20,6 +20,12 @@ const VERSION: u32 = 1;
 const FLAG_RECYCLED: u32 = 1;
 /// Header bytes under the checksum.
 const CHECKED_BYTES: usize = 40;
+/// Where the size of the file stands, and the checksum of all up to there.
+const SIZE_AT: usize = CHECKED_BYTES + 4;
+const SIZE_END: usize = SIZE_AT + 8;
+/// Where a full segment says that another follows: in a sector of its own, for the header is durable by then.
+const CLOSED_AT: usize = 512;
+const CLOSED_END: usize = CLOSED_AT + 8;
 const SUFFIX: &str = ".wal";
 /// A segment that has no durable first frame yet.
 const DRAFT: &str = "segment.new";
@@ -66,6 +72,8 @@ pub struct Header {
     pub first_sequence: u64,
     /// What lies behind the tail may be frames of the file's earlier life instead of zeros.
     pub recycled: bool,
+    /// Of the whole file: one that is shorter has lost its end. 0 where the header does not say.
+    pub size_bytes: u64,
 }
 
 /// Why a block is no header.
@@ -86,6 +94,9 @@ impl Header {
         block.extend_from_slice(&self.first_sequence.to_le_bytes());
         let crc = crc32c::crc32c(&block[..CHECKED_BYTES]);
         block.extend_from_slice(&crc.to_le_bytes());
+        block.extend_from_slice(&self.size_bytes.to_le_bytes());
+        let crc = crc32c::crc32c(&block);
+        block.extend_from_slice(&crc.to_le_bytes());
         block.resize(HEADER_BYTES as usize, 0);
         block
     }
@@ -99,7 +110,13 @@ impl Header {
         }
         match (u32_at(8), u32_at(12), u64_at(16), u64_at(24), u64_at(32)) {
             (Some(VERSION), Some(flags), Some(id), Some(salt), Some(first_sequence)) => {
-                Ok(Header { id, salt, first_sequence, recycled: flags & FLAG_RECYCLED != 0 })
+                let size_bytes = u64_at(SIZE_AT).ok_or(BadHeader::Damaged)?;
+                match u32_at(SIZE_END) {
+                    Some(0) if size_bytes == 0 => {}
+                    Some(crc) if crc == crc32c::crc32c(&block[..SIZE_END]) => {}
+                    _ => return Err(BadHeader::Damaged),
+                }
+                Ok(Header { id, salt, first_sequence, recycled: flags & FLAG_RECYCLED != 0, size_bytes })
             }
             (Some(version), ..) if version > VERSION => Err(BadHeader::Newer { version }),
             _ => Err(BadHeader::Damaged),
@@ -108,6 +125,24 @@ impl Header {
 
     pub fn frame_seed(&self) -> u32 {
         frame_seed(self.id, self.salt)
+    }
+
+    /// The sequence with which the next segment begins, where this one was closed. Other bytes there are damage.
+    pub fn next_sequence(&self, bytes: &[u8]) -> Result<Option<u64>, BadHeader> {
+        let word = bytes.get(CLOSED_AT..CLOSED_END + 4).ok_or(BadHeader::Damaged)?;
+        if word.iter().all(|byte| *byte == 0) {
+            return Ok(None);
+        }
+        let sequence = u64::from_le_bytes(word[..8].try_into().expect("eight bytes"));
+        if word == self.closing_word(sequence) { Ok(Some(sequence)) } else { Err(BadHeader::Damaged) }
+    }
+
+    fn closing_word(&self, next_sequence: u64) -> [u8; CLOSED_END + 4 - CLOSED_AT] {
+        let mut word = [0; CLOSED_END + 4 - CLOSED_AT];
+        word[..8].copy_from_slice(&next_sequence.to_le_bytes());
+        let crc = crc32c::crc32c_append(self.frame_seed(), &word[..8]);
+        word[8..].copy_from_slice(&crc.to_le_bytes());
+        word
     }
 }
 
@@ -134,7 +169,8 @@ impl Segment {
         id: u64,
         first_sequence: u64,
     ) -> Result<Segment, Error> {
-        let mut header = Header { id, salt: disk.random().map_err(Error::Random)?, first_sequence, recycled: false };
+        let salt = disk.random().map_err(Error::Random)?;
+        let mut header = Header { id, salt, first_sequence, recycled: false, size_bytes };
         let (mut file, written) = match spare {
             Some(file) => {
                 let mut magic = [0; MAGIC.len()];
@@ -158,6 +194,13 @@ impl Segment {
         disk.rename(&draft_path(dir), &path(dir, self.header.id))?;
         disk.sync_dir(dir)?;
         Ok(())
+    }
+
+    /// Says in a full segment that the next one has its name, durable when this returns: from now on a log that ends
+    /// here has lost the rest.
+    pub fn close(mut self, next_sequence: u64) -> Result<(), Error> {
+        self.file.write_at(CLOSED_AT as u64, &self.header.closing_word(next_sequence))?;
+        Ok(self.file.sync_data()?)
     }
 
     /// A segment as recovery found it.
@@ -209,28 +252,29 @@ mod tests {
 
     #[test]
     fn the_bytes_of_a_header_are_these() {
-        let header = Header { id: 2, salt: 0x5a17, first_sequence: 9, recycled: true };
+        let header = Header { id: 2, salt: 0x5a17, first_sequence: 9, recycled: true, size_bytes: 0x2000 };
         let block = header.encode();
         let hex: Vec<String> =
-            block[..48].chunks(8).map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect()).collect();
+            block[..56].chunks(8).map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect()).collect();
         assert_eq!(hex, GOLDEN, "the format on disk changed: give it a new version, and keep reading this one");
         assert_eq!(block.len() as u64, HEADER_BYTES);
         assert_eq!(Header::decode(&block), Ok(header));
     }
 
-    const GOLDEN: [&str; 6] = [
+    const GOLDEN: [&str; 7] = [
         "726166746b76570a",
         "0100000001000000",
         "0200000000000000",
         "175a000000000000",
         "0900000000000000",
-        "2bcfc37c00000000",
+        "2bcfc37c00200000",
+        "00000000e0363b16",
     ];
 
     #[test]
     fn every_flipped_bit_of_a_header_is_noticed() {
-        let block = Header { id: 2, salt: 3, first_sequence: 9, recycled: false }.encode();
-        for bit in 0..(CHECKED_BYTES + 4) * 8 {
+        let block = Header { id: 2, salt: 3, first_sequence: 9, recycled: false, size_bytes: 0x2000 }.encode();
+        for bit in 0..(SIZE_END + 4) * 8 {
             let mut block = block.clone();
             block[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(Header::decode(&block), Err(BadHeader::Damaged), "bit {bit}");
@@ -238,9 +282,33 @@ mod tests {
         assert_eq!(Header::decode(&block[..10]), Err(BadHeader::Damaged));
     }
 
+    /// The first builds wrote zeros there.
+    #[test]
+    fn a_header_that_does_not_tell_the_size_is_read() {
+        let header = Header { id: 2, salt: 3, first_sequence: 9, recycled: false, size_bytes: 0x2000 };
+        let mut block = header.encode();
+        block[SIZE_AT..SIZE_END + 4].fill(0);
+        assert_eq!(Header::decode(&block), Ok(Header { size_bytes: 0, ..header }));
+    }
+
+    #[test]
+    fn every_flipped_bit_of_the_word_that_another_segment_follows_is_noticed() {
+        let header = Header { id: 2, salt: 3, first_sequence: 9, recycled: false, size_bytes: 0x2000 };
+        let mut block = header.encode();
+        assert_eq!(header.next_sequence(&block), Ok(None));
+        block[CLOSED_AT..CLOSED_END + 4].copy_from_slice(&header.closing_word(77));
+        assert_eq!(header.next_sequence(&block), Ok(Some(77)));
+        for bit in CLOSED_AT * 8..(CLOSED_END + 4) * 8 {
+            let mut block = block.clone();
+            block[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(header.next_sequence(&block), Err(BadHeader::Damaged), "bit {bit}");
+        }
+        assert_eq!(Header { id: 3, ..header }.next_sequence(&block), Err(BadHeader::Damaged));
+    }
+
     #[test]
     fn a_newer_format_is_no_damage() {
-        let mut block = Header { id: 2, salt: 3, first_sequence: 9, recycled: false }.encode();
+        let mut block = Header { id: 2, salt: 3, first_sequence: 9, recycled: false, size_bytes: 0x2000 }.encode();
         block[8] = 2;
         let crc = crc32c::crc32c(&block[..CHECKED_BYTES]);
         block[CHECKED_BYTES..CHECKED_BYTES + 4].copy_from_slice(&crc.to_le_bytes());

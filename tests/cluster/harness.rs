@@ -123,6 +123,20 @@ pub struct Node {
 }
 
 impl Node {
+    /// A member with a directory that may be there already, and peers that listen where their URLs say. It is not started.
+    pub fn at(id: u64, cluster: &str, dir: &Path, flags: &[&str]) -> Self {
+        Node {
+            id,
+            port: free_port(),
+            peer_port: 0,
+            dir: dir.to_owned(),
+            cluster: cluster.to_owned(),
+            extra: flags.iter().map(ToString::to_string).collect(),
+            log: dir.with_extension("log"),
+            process: None,
+        }
+    }
+
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "node {} runs already", self.id);
         let log = File::options().create(true).append(true).open(&self.log).unwrap();

@@ -4,12 +4,15 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod catch_up;
+mod damage;
 mod defects;
 mod disk;
+mod formats;
 mod grow;
 mod harness;
 #[path = "../history/mod.rs"]
 mod history;
+mod kept;
 mod linearizable;
 mod lone;
 mod refusals;

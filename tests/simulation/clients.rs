@@ -86,9 +86,9 @@ fn ask(world: &mut World, host: u64) -> Option<Asked> {
 impl Asked {
     /// Whoever asks a node that goes on undisturbed gets a word in time.
     fn judge(&self, world: &mut World, in_time: bool, gone: bool) {
-        let undisturbed = world
-            .process(self.host, self.life)
-            .is_some_and(|process| !process.was_frozen && !process.stopping && world.hosts[&self.host].sync_millis < 500);
+        let undisturbed = world.process(self.host, self.life).is_some_and(|process| {
+            !process.was_frozen && !process.stopping && world.hosts[&self.host].sync_millis < 500
+        });
         if undisturbed && !in_time {
             world.oracle.fail(format!("host {} left a request without a word for {:?}", self.host, self.patience));
         }

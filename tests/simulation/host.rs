@@ -261,10 +261,11 @@ impl World {
         let others: Vec<u64> = self.running().into_iter().filter(|other| *other != id).collect();
         let asked = if others.is_empty() { None } else { Some(others[self.rng.usize(0..others.len())]) };
         let (reply, answer) = oneshot::channel();
-        let sent = asked.filter(|other| self.net.reaches(id, *other) && self.net.reaches(*other, id)).is_some_and(|other| {
-            let process = self.hosts[&other].process.as_ref().expect("it runs");
-            process.peer_events.try_send(Event::Introduce { id, urls: vec![url(id)], reply }).is_ok()
-        });
+        let sent =
+            asked.filter(|other| self.net.reaches(id, *other) && self.net.reaches(*other, id)).is_some_and(|other| {
+                let process = self.hosts[&other].process.as_ref().expect("it runs");
+                process.peer_events.try_send(Event::Introduce { id, urls: vec![url(id)], reply }).is_ok()
+            });
         if !sent {
             return self.after(ASK_AGAIN_MILLIS, move |world| world.start(id));
         }

@@ -429,7 +429,8 @@ impl World {
         let (index, term) = (metadata.index, metadata.term);
         let file = sender.snapshots.open_file(index, term);
         let mut bytes = Vec::new();
-        let read = file.map_err(|_| ()).and_then(|mut file| std::io::Read::read_to_end(&mut file, &mut bytes).map_err(drop));
+        let read =
+            file.map_err(|_| ()).and_then(|mut file| std::io::Read::read_to_end(&mut file, &mut bytes).map_err(drop));
         if read.is_err() || self.hosts[&from].disk.has_stopped() {
             return false;
         }

@@ -253,9 +253,7 @@ impl Oracle {
             format!("entry {index} writes {:?}, and its client was told that it is not applied", text(&value))
         });
         let before = self.applied.insert(value.clone(), index);
-        self.expect(before.is_none(), || {
-            format!("{:?} is applied at {before:?} and again at {index}", text(&value))
-        });
+        self.expect(before.is_none(), || format!("{:?} is applied at {before:?} and again at {index}", text(&value)));
     }
 
     /// A state after a batch: equal to all others at that index, and no write more or fewer than there should be.
@@ -307,4 +305,3 @@ fn hash(context: &[u8], data: &[u8]) -> u64 {
 fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(value).into_owned()
 }
-

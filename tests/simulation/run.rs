@@ -7,9 +7,9 @@ use std::time::Instant;
 use fastrand::Rng;
 
 use crate::clients::{self, read, write};
+use crate::panics;
 use crate::weather::{self, Forecast};
 use crate::world::{Millis, Shared, World, lock, run_until};
-use crate::panics;
 
 /// After the weather has cleared, all must be well again within this time.
 const CALM_MILLIS: Millis = 60_000;
@@ -38,7 +38,8 @@ impl Outcome {
         }
         let failure = self.failure.as_deref().unwrap_or("no failure");
         let seconds = length.weather_millis / 1000;
-        write!(text, "seed {seed}: {failure}\nReplay it: scripts/simulate --seconds {seconds} {seed}").expect("as above");
+        write!(text, "seed {seed}: {failure}\nReplay it: scripts/simulate --seconds {seconds} {seed}")
+            .expect("as above");
         text
     }
 

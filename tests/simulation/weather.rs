@@ -147,8 +147,7 @@ pub fn strike_on(world: &mut World, forecast: Forecast, until: Millis) {
 }
 
 fn strike(world: &mut World, forecast: &Forecast, fault: Fault) {
-    let hosts: Vec<u64> =
-        world.hosts.values().filter(|host| host.state == State::Well).map(|host| host.id).collect();
+    let hosts: Vec<u64> = world.hosts.values().filter(|host| host.state == State::Well).map(|host| host.id).collect();
     if hosts.is_empty() {
         return;
     }
@@ -184,7 +183,9 @@ fn strike(world: &mut World, forecast: &Forecast, fault: Fault) {
             world.net.jitter = pick(&mut world.rng, &[5, 50, 500]);
             world.net.duplicates = pick(&mut world.rng, &[0, 100]);
             let (loss, jitter, duplicates) = (forecast.loss, forecast.jitter, forecast.duplicates);
-            world.after(lasts, move |world| (world.net.loss, world.net.jitter, world.net.duplicates) = (loss, jitter, duplicates));
+            world.after(lasts, move |world| {
+                (world.net.loss, world.net.jitter, world.net.duplicates) = (loss, jitter, duplicates)
+            });
         }
         Fault::SlowDisk => {
             world.host(id).sync_millis = pick(&mut world.rng, &[50, 500, 3000]);
@@ -355,6 +356,7 @@ pub fn clear(world: &mut World, forecast: &Forecast) {
 
 /// Hosts that belong to the cluster and must come back once the weather is fair.
 pub fn expected(world: &World) -> BTreeSet<u64> {
-    let well = |host: &&crate::host::Host| host.state == State::Well && !host.wiped && !world.leaving.contains(&host.id);
+    let well =
+        |host: &&crate::host::Host| host.state == State::Well && !host.wiped && !world.leaving.contains(&host.id);
     world.hosts.values().filter(well).filter(|host| host.life > 0).map(|host| host.id).collect()
 }
