@@ -50,6 +50,9 @@ const PEER_EVENTS_MAX: usize = 4096;
 /// What appends leave of a full disk's log: enough for any number of elections.
 const LOG_RESERVE_BYTES: u64 = 1 << 20;
 
+/// Entries that go to a follower together, in bytes.
+const MESSAGE_BYTES_MAX: u64 = 1 << 20;
+
 /// How long a start tries for what a process before it may still hold, and the pause between two tries.
 const PATIENCE: Duration = Duration::from_secs(1);
 const TRY_AGAIN: Duration = Duration::from_millis(10);
@@ -291,6 +294,7 @@ impl Running {
             seed: getrandom::u64().map_err(wal::Error::Random)?,
             request_timeout: config.request_timeout,
             reserve_bytes: LOG_RESERVE_BYTES,
+            message_bytes_max: MESSAGE_BYTES_MAX,
             snapshots: node::Policy {
                 count: config.snapshot_count,
                 interval: config.snapshot_interval,

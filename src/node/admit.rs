@@ -208,6 +208,7 @@ mod tests {
             entries,
             election_ticks: 10,
             seed: 7,
+            message_bytes_max: 1 << 20,
         })
     }
 

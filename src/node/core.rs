@@ -39,6 +39,8 @@ pub struct Start {
     pub election_ticks: usize,
     /// Of the random part of election time-outs.
     pub seed: u64,
+    /// Of the entries in one message, unless one entry has more.
+    pub message_bytes_max: u64,
 }
 
 /// One thing to make durable: a received snapshot that the log starts anew behind, entries that replace what they
@@ -112,7 +114,7 @@ pub struct Core {
 impl Core {
     /// Starts from what recovery found.
     pub fn new(start: Start) -> Self {
-        let Start { id, base, snapshot, mut hard_state, entries, election_ticks, seed } = start;
+        let Start { id, base, snapshot, mut hard_state, entries, election_ticks, seed, message_bytes_max } = start;
         hard_state.term = hard_state.term.max(snapshot.term);
         hard_state.commit = hard_state.commit.max(snapshot.index);
         let config = Config {
@@ -123,7 +125,7 @@ impl Core {
             check_quorum: true,
             pre_vote: true,
             read_only_option: ReadOnlyOption::Safe,
-            max_size_per_msg: 1 << 20,
+            max_size_per_msg: message_bytes_max,
             max_inflight_msgs: 256,
             max_uncommitted_size: UNCOMMITTED_BYTES_MAX,
             max_committed_size_per_ready: 8 << 20,

@@ -317,6 +317,11 @@ impl Members {
         self.leaderless.remove(&peer);
     }
 
+    /// Whether this node takes part for the first time, as far as it knows.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
     /// Whether this node may vote, for itself too: it took part before, or so many others took its handshake that one
     /// of them would most likely know an earlier life of it. Not surely: where all that met it then are down, nobody is
     /// left to tell.

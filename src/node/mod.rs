@@ -71,6 +71,8 @@ pub struct Settings {
     pub request_timeout: Duration,
     /// Room in the log that appends leave for terms and votes when the disk is full.
     pub reserve_bytes: u64,
+    /// Of the entries in one message to a follower, unless one entry has more.
+    pub message_bytes_max: u64,
     pub snapshots: Policy,
 }
 
@@ -181,8 +183,9 @@ impl<A: Send + 'static> Node<A> {
         let id = settings.id;
         let mut snapshot = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
         snapshot.set_conf_state(conf_state(meta));
-        let Settings { election_ticks, seed, .. } = settings;
-        let core = Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks, seed });
+        let Settings { election_ticks, seed, message_bytes_max, .. } = settings;
+        let core =
+            Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks, seed, message_bytes_max });
         Node {
             core,
             members: Members::new(id, settings.nonce, meta, nonces, fresh),

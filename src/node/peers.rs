@@ -80,6 +80,8 @@ impl<A: Send + 'static> Node<A> {
                 self.count_refused(word);
                 Ok(())
             }
+            // Nothing of it was ever here: whoever acknowledged it had another directory.
+            Refusal::DataLost { .. } if self.members.is_fresh() => Err(Stopped::OtherDirectory { peer: message.from }),
             Refusal::DataLost { commit, last } => Err(Stopped::DataLost { leader: message.from, commit, last }),
         }
     }

@@ -1,5 +1,6 @@
 //! The log on its own thread: appends queue here and are taken together, so that the slower the disk, the more goes
-//! into one sync. A second thread prepares the spare segment, beginning after the first append, when the node serves.
+//! into one sync. A second thread prepares the spare segment, beginning after the first append, when the node serves;
+//! or at once, where the segment that is there is half full.
 //!
 //! The queue has no bound of its own: the node, which must never wait here, stops taking proposals by
 //! [`Writer::queued_bytes`]. Whatever happens is told through the one callback; called by `node`.
@@ -102,7 +103,7 @@ impl Writer {
         let (work, queue) = unbounded_channel();
         let (counts, spare, metrics) = (wal.counts.clone(), wal.spare.clone(), wal.metrics.clone());
         let queued_bytes = Arc::new(AtomicU64::new(0));
-        let task = Task {
+        let mut task = Task {
             wal,
             queue,
             events,
@@ -113,6 +114,10 @@ impl Writer {
             wishes,
             wished_behind: 0,
         };
+        // Where little room is left nobody may append, and no append would ever ask for more.
+        if task.wal.active.room_bytes() < task.wal.active.size_bytes / 2 {
+            task.wish();
+        }
         (Writer { work, thread: None, queued_bytes, counts, spare, metrics }, task)
     }
 
@@ -244,10 +249,14 @@ impl Task {
         self.metrics.wal_queued_bytes.set(queued.cast_signed());
         (self.events)(Event::Persisted { number });
         if self.wished_behind != self.wal.active.header.id {
-            self.wished_behind = self.wal.active.header.id;
-            self.wishes.send(()).expect("whoever prepares spares outlives the log");
+            self.wish();
         }
         Ok(())
+    }
+
+    fn wish(&mut self) {
+        self.wished_behind = self.wal.active.header.id;
+        self.wishes.send(()).expect("whoever prepares spares outlives the log");
     }
 
     fn compact(&mut self, then: &Then) -> Result<(), Error> {
@@ -491,6 +500,29 @@ mod tests {
         assert!(matches!(wait(&events), Event::Room(Room::Ok)));
         let status = writer.status();
         assert!(!status.full && status.room_bytes > SEGMENT_BYTES - segment::HEADER_BYTES);
+        writer.close();
+    }
+
+    /// A node that finds its last segment full, and no spare, takes no appends until there is one: it must not wait for
+    /// an append to make it.
+    #[test]
+    fn a_log_that_starts_with_little_room_gets_a_spare_without_an_append() {
+        let disk = MemoryDisk::new();
+        let (writer, events) = spawn(&disk);
+        // No room for a spare, in all that life.
+        disk.set_capacity(Some(SEGMENT_BYTES));
+        (2..9).for_each(|index| writer.append(append(index)));
+        while !matches!(wait(&events), Event::Persisted { number: 8 }) {}
+        writer.close();
+        disk.set_capacity(None);
+        let options = Options { dir: "/data/wal".into(), segment_bytes: SEGMENT_BYTES };
+        let (wal, _) = Wal::open(Arc::new(disk.clone()), &options, 1, Arc::default()).unwrap();
+        let writer = Writer::spawn(wal, |_| {}).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !writer.has_room_for(1000) {
+            assert!(Instant::now() < deadline, "no room");
+            thread::sleep(Duration::from_millis(1));
+        }
         writer.close();
     }
 

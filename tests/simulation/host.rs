@@ -37,6 +37,7 @@ const PROPOSALS_MAX: usize = 256;
 const VALUE_BYTES_MAX: usize = 4096;
 /// Small, as the segments are.
 const LOG_RESERVE_BYTES: u64 = 2 << 10;
+const MESSAGE_BYTES_MAX: u64 = 1 << 10;
 
 /// How a host fares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,7 +60,7 @@ pub struct Host {
     /// Somebody asks on its behalf where it belongs.
     joining: bool,
     /// It joins a cluster that is there, instead of founding one.
-    joiner: bool,
+    pub joiner: bool,
     pub tick: Duration,
     /// A sync takes up to this long.
     pub sync_millis: Millis,
@@ -327,6 +328,7 @@ impl World {
             seed,
             request_timeout: limits.request_timeout,
             reserve_bytes: LOG_RESERVE_BYTES,
+            message_bytes_max: MESSAGE_BYTES_MAX,
             snapshots: node::Policy {
                 count: limits.snapshot_count,
                 interval: Duration::ZERO,
@@ -420,11 +422,11 @@ impl World {
         let host = self.host(id);
         let process = host.process.as_mut().expect("looked at above");
         let stopping = std::mem::replace(&mut process.stopping, true);
-        let expected = match outcome {
+        let expected = match &outcome {
             Ok(()) => stopping,
             Err(node::Stopped::Removed) => {
                 host.state = State::Removed;
-                self.leaving.contains(&id)
+                self.leaving.contains_key(&id)
             }
             Err(node::Stopped::Wal(_)) => host.disk_hurt,
             Err(node::Stopped::OtherDirectory { .. }) => {
@@ -435,6 +437,10 @@ impl World {
         };
         if !expected {
             self.oracle.fail(format!("node {id} ended without a reason: {text}"));
+        }
+        if let Err(node::Stopped::Wal(_)) = outcome {
+            let pause = self.rng.u64(500..5000);
+            self.after(pause, move |world| world.start(id));
         }
         // Its last words are still to be written.
         let grace = if removed || stopping { 50 } else { 0 };

@@ -82,6 +82,17 @@ pub struct Acquaintances {
     pub leader: u64,
 }
 
+impl Acquaintances {
+    /// Notes a peer's start, and refuses an older one than was met.
+    fn greet(&mut self, peer: u64, boot: u64) -> Option<Refusal> {
+        let heard = self.heard.entry(peer).or_insert_with(|| (boot, Window::new(WINDOW_FRAMES)));
+        if boot > heard.0 {
+            *heard = (boot, Window::new(WINDOW_FRAMES));
+        }
+        (boot < heard.0).then_some(Refusal::Superseded)
+    }
+}
+
 /// A process's way to its peers.
 pub struct Wire {
     pub world: Shared,
@@ -323,16 +334,9 @@ impl World {
         if self.process(id, life).is_none() {
             return;
         }
-        let known = self.known(id);
-        let heard = known.heard.entry(stranger).or_insert_with(|| (boot, Window::new(WINDOW_FRAMES)));
-        if boot < heard.0 {
-            return then(self, Some(Refusal::Superseded));
-        }
-        if boot > heard.0 {
-            *heard = (boot, Window::new(WINDOW_FRAMES));
-        }
-        if known.met.get(&stranger) == Some(&nonce) {
-            return then(self, None);
+        if self.known(id).met.get(&stranger) == Some(&nonce) {
+            let refusal = self.known(id).greet(stranger, boot);
+            return then(self, refusal);
         }
         let (reply, answer) = oneshot::channel();
         if !self.tell(id, life, Event::Meet { peer: stranger, nonce, reply }) {
@@ -348,7 +352,7 @@ impl World {
             let refusal = match meeting {
                 Meeting::Known => {
                     world.known(id).met.insert(stranger, nonce);
-                    None
+                    world.known(id).greet(stranger, boot)
                 }
                 Meeting::OtherNonce => Some(Refusal::OtherNonce),
                 Meeting::NotAMember => Some(Refusal::NotAMember),

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use fastrand::Rng;
-use raftkv::channel::Change;
+use raftkv::channel::{Change, ChangeFailure};
 use raftkv::wal::disk_memory::MemoryDisk;
 
 use crate::clients::Habits;
@@ -242,7 +242,7 @@ fn can_lose_one(world: &World) -> bool {
     let voters = world.oracle.voters();
     let well = |id: &&u64| {
         let host = &world.hosts[*id];
-        host.state == State::Well && !host.wiped && !host.damaged
+        host.state == State::Well && !host.wiped && !host.damaged && !world.leaving.contains_key(id)
     };
     voters.iter().filter(well).count() > voters.len() / 2 + 1
 }
@@ -269,7 +269,9 @@ fn flip(world: &mut World, id: u64) {
 }
 
 fn wipe(world: &mut World, id: u64) {
-    if !can_lose_one(world) || world.hosts[&id].life == 0 {
+    // The only founder, its directory empty, founds its cluster anew: nobody is left whom it would have to ask.
+    let only_founder = world.hosts.values().filter(|host| !host.joiner).all(|host| host.id == id);
+    if only_founder || !can_lose_one(world) || world.hosts[&id].life == 0 {
         return;
     }
     let life = world.hosts[&id].life;
@@ -310,9 +312,9 @@ fn add(world: &mut World) {
 }
 
 fn remove(world: &mut World, id: u64) {
-    let is_last = members(world).iter().all(|member| *member == id);
-    if !is_last {
-        world.leaving.insert(id);
+    let is_lost = world.hosts[&id].state != State::Well || world.hosts[&id].wiped;
+    if is_lost || can_lose_one(world) {
+        world.leaving.entry(id).or_default();
         reconfigure(world, Change::Remove(id), id);
     }
 }
@@ -338,7 +340,14 @@ fn reconfigure(world: &mut World, change: Change, id: u64) {
                     host.state = State::Removed;
                 }
             }
-            Change::Remove(_) | Change::Promote(_) => {}
+            // Surely it stays, unless somebody asked for it before.
+            Change::Remove(_) if matches!(outcome, Err(ChangeFailure::Rejected(_) | ChangeFailure::Invalid(_))) => {
+                if world.leaving.get(&id) == Some(&false) {
+                    world.leaving.remove(&id);
+                }
+            }
+            Change::Remove(_) => drop(world.leaving.insert(id, true)),
+            Change::Promote(_) => {}
         }
     });
 }
@@ -349,6 +358,11 @@ pub fn clear(world: &mut World, forecast: &Forecast) {
     set_fair(world, &forecast);
     let ids: Vec<u64> = world.hosts.keys().copied().collect();
     for id in ids {
+        // Faults that were to come, do not.
+        world.host(id).disk.fail_at(u64::MAX);
+        if !world.host(id).disk.has_stopped() {
+            world.host(id).disk.stop_at(u64::MAX);
+        }
         world.start(id);
     }
     world.note(format_args!("the weather clears"));
@@ -357,6 +371,6 @@ pub fn clear(world: &mut World, forecast: &Forecast) {
 /// Hosts that belong to the cluster and must come back once the weather is fair.
 pub fn expected(world: &World) -> BTreeSet<u64> {
     let well =
-        |host: &&crate::host::Host| host.state == State::Well && !host.wiped && !world.leaving.contains(&host.id);
+        |host: &&crate::host::Host| host.state == State::Well && !host.wiped && !world.leaving.contains_key(&host.id);
     world.hosts.values().filter(well).filter(|host| host.life > 0).map(|host| host.id).collect()
 }

@@ -2,7 +2,7 @@
 //! order that follows from the seed. Nodes run as tasks of one thread under tokio's paused clock; the world wakes when
 //! something of its own is due.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -59,8 +59,8 @@ pub struct World {
     pub rng: Rng,
     pub limits: Limits,
     pub hosts: BTreeMap<u64, Host>,
-    /// IDs that the operator had removed, or asked to.
-    pub leaving: BTreeSet<u64>,
+    /// IDs that the operator had removed, or asked to; and whether an earlier word on that was that nobody knows.
+    pub leaving: BTreeMap<u64, bool>,
     pub net: Network,
     pub oracle: Oracle,
     pub history: History,
@@ -82,7 +82,7 @@ impl World {
                 rng: Rng::with_seed(seed),
                 limits,
                 hosts: BTreeMap::new(),
-                leaving: BTreeSet::new(),
+                leaving: BTreeMap::new(),
                 net: Network::default(),
                 oracle: Oracle::default(),
                 history: History::new(),

@@ -47,6 +47,7 @@ impl Disk {
             entries,
             election_ticks: 10,
             seed: 7,
+            message_bytes_max: 1 << 20,
         })
     }
 }
@@ -237,8 +238,16 @@ proptest! {
 fn a_lone_voter_s_appends_wait_for_its_vote() {
     let Disk { hard_state, entries } = Disk::default();
     let snapshot = founding(&[1], &[2]);
-    let mut core =
-        Core::new(Start { id: 1, base: FOUNDING, snapshot, hard_state, entries, election_ticks: 10, seed: 7 });
+    let mut core = Core::new(Start {
+        id: 1,
+        base: FOUNDING,
+        snapshot,
+        hard_state,
+        entries,
+        election_ticks: 10,
+        seed: 7,
+        message_bytes_max: 1 << 20,
+    });
     core.campaign();
     let turn = core.turn();
     assert!(core.is_leader());
