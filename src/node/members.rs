@@ -10,7 +10,7 @@ use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, E
 use serde::{Deserialize, Serialize};
 
 use crate::channel::{Change, ChangeFailure, RequestId};
-use crate::cluster::{Introduction, Member};
+use crate::cluster::{Introduction, Member, URLS_MAX};
 use crate::wal::snapshot::Meta;
 
 /// What a handshake finds.
@@ -224,6 +224,12 @@ impl Members {
             up > voters.len() / 2
         };
         match &logged.change {
+            // A front end refuses it in its own words; this is for members of another version, or out of order: no
+            // snapshot could be written of such a membership, or no peer would talk to the newcomer.
+            Change::Add(newcomer) if newcomer.id == 0 || !(1..=URLS_MAX).contains(&newcomer.urls.len()) => {
+                let why = format!("a member has an ID from 1 on, and 1 to {URLS_MAX} URLs");
+                Err(ChangeFailure::Invalid(why))
+            }
             Change::Add(newcomer) => {
                 let id = newcomer.id;
                 if self.removed.contains(&id) {
@@ -437,6 +443,18 @@ mod tests {
         three.apply(&Change::Remove(3), &(vec![1, 2], vec![]).into());
         assert!(refusal(&three, Change::Add(member(3, 9003)), &[2]).contains("never used again"));
         assert_eq!(three.meet(3, 1), Acquaintance::Removed);
+    }
+
+    /// Another version may send it; no snapshot could be written of such a membership, and no peer would talk to it.
+    #[test]
+    fn a_newcomer_without_an_id_or_with_no_or_too_many_addresses_is_refused() {
+        let three = members(1, 3, false);
+        let urls = |count: usize| vec![member(4, 9004).urls[0].clone(); count];
+        for (id, count) in [(0, 1), (4, 0), (4, URLS_MAX + 1)] {
+            let refused = judge(&three, Change::Add(Member { id, urls: urls(count) }), &[2, 3]);
+            assert!(matches!(refused, Err(ChangeFailure::Invalid(_))), "{id}, {count} URLs: {refused:?}");
+        }
+        assert!(judge(&three, Change::Add(Member { id: 4, urls: urls(URLS_MAX) }), &[2, 3]).is_ok());
     }
 
     #[test]
