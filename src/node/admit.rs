@@ -86,6 +86,8 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
             }
             Ok(())
         }
+        // A node asks for votes when its log is durable, and raft asserts that a winner's is.
+        MessageType::MsgRequestVoteResponse if !core.log_is_durable() => refuse("vote that was not asked for"),
         MessageType::MsgRequestVote
         | MessageType::MsgRequestVoteResponse
         | MessageType::MsgRequestPreVote
@@ -240,6 +242,20 @@ mod tests {
         let against = Entry { index: 4, term: 3, ..Entry::default() };
         let against = Message { index: 3, log_term: 1, entries: vec![against].into(), ..message(MsgAppend) };
         assert_eq!(refused(against), "committed entry");
+    }
+
+    /// No peer grants a vote that did not leave, and it leaves only with a durable log, which raft asserts of a winner.
+    #[test]
+    fn a_vote_that_cannot_have_been_asked_for_is_refused() {
+        let mut core = core();
+        let entry = Entry { index: 6, term: 3, data: vec![1].into(), ..Entry::default() };
+        let append = Message { index: 5, log_term: 2, entries: vec![entry].into(), ..message(MessageType::MsgAppend) };
+        assert_eq!(admit(&append, &core), Ok(()));
+        core.step(append);
+        let vote = message(MessageType::MsgRequestVoteResponse);
+        assert_eq!(admit(&vote, &core), Err(Refusal::Senseless("vote that was not asked for")));
+        turn(&mut core);
+        assert_eq!(admit(&vote, &core), Ok(()));
     }
 
     #[test]

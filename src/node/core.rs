@@ -195,9 +195,15 @@ impl Core {
         })
     }
 
+    /// Whether every entry of the log is durable, those included that no turn has handed out yet.
+    pub fn log_is_durable(&self) -> bool {
+        let log = &self.raw.raft.raft_log;
+        log.persisted == log.last_index()
+    }
+
     pub fn tick(&mut self) {
         // A lone voter wins the election that it calls, and raft asserts that a winner's log is durable.
-        let lone_and_behind = self.raw.raft.prs().is_singleton() && self.persisted < self.written;
+        let lone_and_behind = self.raw.raft.prs().is_singleton() && !self.log_is_durable();
         if self.is_leader() || !lone_and_behind {
             self.raw.tick();
         }
@@ -206,6 +212,7 @@ impl Core {
     /// Stands for election now instead of waiting for a time-out.
     pub fn campaign(&mut self) {
         if self.persisted == self.written
+            && self.log_is_durable()
             && let Err(error) = self.raw.campaign()
         {
             tracing::debug!(%error, "campaign refused");
