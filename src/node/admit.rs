@@ -84,10 +84,16 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
             if message.from != at.leader {
                 return refuse("not the leader");
             }
+            // Who is alone wins at once. The leader hands over to a member that told it of a durable log.
+            if !core.log_is_durable() {
+                return refuse("log not durable");
+            }
             Ok(())
         }
         // A node asks for votes when its log is durable, and raft asserts that a winner's is.
-        MessageType::MsgRequestVoteResponse if !core.log_is_durable() => refuse("vote that was not asked for"),
+        MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse if !core.log_is_durable() => {
+            refuse("vote that was not asked for")
+        }
         MessageType::MsgRequestVote
         | MessageType::MsgRequestVoteResponse
         | MessageType::MsgRequestPreVote
@@ -246,16 +252,24 @@ mod tests {
 
     /// No peer grants a vote that did not leave, and it leaves only with a durable log, which raft asserts of a winner.
     #[test]
-    fn a_vote_that_cannot_have_been_asked_for_is_refused() {
+    fn what_would_make_a_winner_without_a_durable_log_is_refused() {
         let mut core = core();
         let entry = Entry { index: 6, term: 3, data: vec![1].into(), ..Entry::default() };
         let append = Message { index: 5, log_term: 2, entries: vec![entry].into(), ..message(MessageType::MsgAppend) };
         assert_eq!(admit(&append, &core), Ok(()));
         core.step(append);
-        let vote = message(MessageType::MsgRequestVoteResponse);
-        assert_eq!(admit(&vote, &core), Err(Refusal::Senseless("vote that was not asked for")));
+        let refusals = [
+            (MessageType::MsgRequestVoteResponse, "vote that was not asked for"),
+            (MessageType::MsgRequestPreVoteResponse, "vote that was not asked for"),
+            (MessageType::MsgTimeoutNow, "log not durable"),
+        ];
+        for (kind, word) in refusals {
+            assert_eq!(admit(&message(kind), &core), Err(Refusal::Senseless(word)));
+        }
         turn(&mut core);
-        assert_eq!(admit(&vote, &core), Ok(()));
+        for (kind, _) in refusals {
+            assert_eq!(admit(&message(kind), &core), Ok(()));
+        }
     }
 
     #[test]
