@@ -204,7 +204,8 @@ impl Core {
     pub fn tick(&mut self) {
         // A lone voter wins the election that it calls, and raft asserts that a winner's log is durable.
         let lone_and_behind = self.raw.raft.prs().is_singleton() && !self.log_is_durable();
-        if self.is_leader() || !lone_and_behind {
+        // Before an election raft reads what it has not applied, and a snapshot on its way in took the place of that.
+        if self.is_leader() || !(lone_and_behind || self.is_restoring()) {
             self.raw.tick();
         }
     }
