@@ -48,7 +48,10 @@ pub struct LoggedChange {
 impl LoggedChange {
     /// What a change in the log says beyond raft's part of it. `None` if it says nothing that this version can read.
     pub fn of(change: &ConfChangeV2) -> Option<Self> {
-        serde_json::from_slice(change.get_context()).ok()
+        let logged: LoggedChange = serde_json::from_slice(change.get_context()).ok()?;
+        // ID 0 means nobody: raft passes such a change over, and no snapshot could be written of such a member.
+        let (Change::Add(Member { id, .. }) | Change::Remove(id) | Change::Promote(id)) = &logged.change;
+        (*id != 0).then_some(logged)
     }
 
     fn to_raft(&self, kind: ConfChangeType, id: u64) -> ConfChangeV2 {
