@@ -63,7 +63,7 @@ struct Disk {
 
 /// What is on its way to the disk, in order.
 enum Writing {
-    Ready(Write, Option<Meta>),
+    Ready(Write, Option<Box<Meta>>),
     Compaction(u64),
 }
 
@@ -203,7 +203,8 @@ impl Machine {
         let after = self.core.position();
         assert!(before.term <= after.term && before.commit <= after.commit, "{before:?} before {after:?}");
         for write in writes {
-            let restoring = write.snapshot.map(|_| self.received.clone().expect("raft restores what was stepped"));
+            let restoring =
+                write.snapshot.map(|_| Box::new(self.received.clone().expect("raft restores what was stepped")));
             self.writing.push_back(Writing::Ready(write, restoring));
         }
         for message in &messages {
@@ -263,7 +264,7 @@ impl Machine {
             match self.writing.pop_front().expect("it was counted") {
                 Writing::Ready(write, meta) => {
                     let number = write.number;
-                    self.disk.write(write, meta);
+                    self.disk.write(write, meta.map(|meta| *meta));
                     self.core.persisted(number);
                 }
                 Writing::Compaction(index) => self.disk.compact(index),
