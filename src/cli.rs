@@ -18,7 +18,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
-use crate::cluster::{Member, PeerUrl};
+use crate::cluster::{Member, PeerUrl, URLS_MAX};
 use crate::config::{
     CLUSTER_DEFAULT, Config, LogFormat, VALUE_BYTES_MAX, WAL_SEGMENT_BYTES_MAX, WAL_SEGMENT_BYTES_MIN,
 };
@@ -338,6 +338,9 @@ fn founders(text: &str) -> Result<Founders, String> {
             if urls.contains(&url) || members.iter().any(|member| member.urls.contains(&url)) {
                 return Err(format!("{url} is listed twice; each URL belongs to one member, once"));
             }
+            if urls.len() == URLS_MAX {
+                return Err(format!("entry {id} has more URLs than a member may have, which is {URLS_MAX}"));
+            }
             urls.push(url);
         }
         members.push(Member { id, urls });
@@ -491,6 +494,8 @@ mod tests {
     /// Each line names the flag and the value, and says what would be right.
     #[test]
     fn what_cannot_be_used_is_refused_in_one_line() {
+        let urls: Vec<String> = (1..18).map(|port| format!("http://a:{port}")).collect();
+        let seventeen_urls = format!("--cluster {}", urls.join("+"));
         for (typed, parts) in [
             ("--id 0", ["--id \"0\"", "from 1"]),
             ("--id -1", ["--id \"-1\"", "from 1"]),
@@ -503,6 +508,7 @@ mod tests {
             ("--cluster http://a:1+", ["--cluster \"http://a:1+\"", "entry 1 lacks a URL"]),
             ("--cluster http://a:1,http://A:01", ["--cluster", "http://a:1 is listed twice"]),
             ("--cluster http://a:1+http://a:1", ["--cluster", "http://a:1 is listed twice"]),
+            (&seventeen_urls, ["--cluster", "entry 1 has more URLs than a member may have, which is 16"]),
             ("--cluster http://a:1/", ["\"http://a:1/\" has a path", "looks like http://"]),
             ("--cluster a:1", ["\"a:1\" does not start", "looks like http://"]),
             ("--port 65536", ["--port \"65536\"", "up to 65535"]),

@@ -7,6 +7,12 @@ use std::net::Ipv6Addr;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+/// URLs that one member may have: what a peer takes in a header.
+pub const URLS_MAX: usize = 16;
+
+/// How much of a text that is no URL is shown to whoever wrote it, who may have written a million bytes.
+const SHOWN_CHARS_MAX: usize = 64;
+
 /// One member: its ID (never 0) and the URLs at which its peer port is reached, tried in turn.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
@@ -25,7 +31,7 @@ pub struct PeerUrl {
 impl PeerUrl {
     /// Parses and normalises a URL. The error is one line that says what is wrong with it and what would be right.
     pub fn parse(text: &str) -> Result<Self, InvalidPeerUrl> {
-        let refuse = |why| Err(InvalidPeerUrl { url: text.to_owned(), why });
+        let refuse = |why| Err(InvalidPeerUrl { url: text.chars().take(SHOWN_CHARS_MAX).collect(), why });
         let Some(authority) = text.strip_prefix("http://") else {
             return refuse("does not start with http://");
         };
@@ -144,6 +150,12 @@ mod tests {
             let error = PeerUrl::parse(text).unwrap_err().to_string();
             assert!(error.contains(why), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_refusal_shows_no_more_of_a_text_than_a_line_takes() {
+        let error = PeerUrl::parse(&"x".repeat(1 << 20)).unwrap_err().to_string();
+        assert!(error.len() < 200, "{} bytes", error.len());
     }
 
     #[test]

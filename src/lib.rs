@@ -75,6 +75,8 @@ pub mod cli;
 pub mod cluster;
 pub mod command;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod kv;
 pub mod logs;
 pub mod metrics;

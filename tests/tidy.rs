@@ -22,6 +22,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("wal", &["cluster", "metrics"]),
     ("blocking", &[]),
     ("client", &[]),
+    ("fuzzing", &["api", "node", "store", "transport", "wal"]),
     ("channel", &["cluster"]),
     ("config", &["cluster"]),
     ("cluster", &[]),
@@ -150,7 +151,7 @@ fn no_test_sleeps_but_to_poll_until_a_deadline() {
 #[test]
 fn no_file_names_a_package_registry() {
     let mut files = files_below(Path::new(""), false);
-    for directory in [".ci", "benches", "docs", "examples", "scripts", "src", "tests"] {
+    for directory in [".ci", "benches", "docs", "examples", "fuzz/fuzz_targets", "scripts", "src", "tests"] {
         files.extend(files_below(Path::new(directory), true));
     }
     // Written by cargo, which puts the source of every package there.

@@ -17,6 +17,8 @@
 
 mod body;
 mod connection;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod ops;
 mod raftexample;
 mod reply;

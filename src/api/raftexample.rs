@@ -13,7 +13,7 @@ use hyper::{Method, StatusCode, header};
 use super::reply::{Answer, BYTES, Refusal, Reply};
 use super::{Api, body, target};
 use crate::channel::{Change, Leadership};
-use crate::cluster::{Member, PeerUrl};
+use crate::cluster::{Member, PeerUrl, URLS_MAX};
 use crate::kv::{Read, Written};
 
 const ALLOW: &str = "PUT, GET, HEAD, POST, DELETE";
@@ -96,16 +96,25 @@ async fn add(api: &Api, id: &[u8], query: Option<&str>, body: &mut Incoming) -> 
     target::no_parameters(query)?;
     let id = member_id(id, "POST /{id} adds the member with that numeric ID")?;
     let value = body::read(api, body).await?;
-    let text = std::str::from_utf8(&value.bytes).map_err(|_| Refusal::bad_request("the body is no URL: not UTF-8"))?;
+    let urls = addresses(&value.bytes)?;
+    api.service.reconfigure(Change::Add(Member { id, urls })).await.map_err(Refusal::change)
+}
+
+/// The URLs in the body of a POST, `+` between them.
+pub(super) fn addresses(body: &[u8]) -> Result<Vec<PeerUrl>, Refusal> {
+    let text = std::str::from_utf8(body).map_err(|_| Refusal::bad_request("the body is no URL: not UTF-8"))?;
     let mut urls: Vec<PeerUrl> = Vec::new();
     for url in text.split('+') {
         let url = PeerUrl::parse(url).map_err(|error| Refusal::bad_request(format!("not applied: {error}")))?;
         if urls.contains(&url) {
             return Err(Refusal::bad_request(format!("not applied: {url} is named twice")));
         }
+        if urls.len() == URLS_MAX {
+            return Err(Refusal::bad_request(format!("not applied: a member has at most {URLS_MAX} URLs")));
+        }
         urls.push(url);
     }
-    api.service.reconfigure(Change::Add(Member { id, urls })).await.map_err(Refusal::change)
+    Ok(urls)
 }
 
 async fn remove(api: &Api, id: &[u8], query: Option<&str>) -> Result<(), Refusal> {
@@ -117,7 +126,7 @@ async fn remove(api: &Api, id: &[u8], query: Option<&str>) -> Result<(), Refusal
     api.service.reconfigure(Change::Remove(id)).await.map_err(Refusal::change)
 }
 
-fn member_id(id: &[u8], usage: &'static str) -> Result<u64, Refusal> {
+pub(super) fn member_id(id: &[u8], usage: &'static str) -> Result<u64, Refusal> {
     let digits = id.iter().all(u8::is_ascii_digit);
     match std::str::from_utf8(id).ok().filter(|_| digits).and_then(|id| id.parse::<u64>().ok()) {
         Some(0) => Err(Refusal::bad_request("not applied: ID 0 means nobody; IDs start at 1")),

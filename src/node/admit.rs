@@ -84,7 +84,15 @@ pub fn admit(message: &Message, core: &Core) -> Result<(), Refusal> {
             if message.from != at.leader {
                 return refuse("not the leader");
             }
+            // Who is alone wins at once. The leader hands over to a member that told it of a durable log.
+            if !core.log_is_durable() {
+                return refuse("log not durable");
+            }
             Ok(())
+        }
+        // A node asks for votes when its log is durable, and raft asserts that a winner's is.
+        MessageType::MsgRequestVoteResponse | MessageType::MsgRequestPreVoteResponse if !core.log_is_durable() => {
+            refuse("vote that was not asked for")
         }
         MessageType::MsgRequestVote
         | MessageType::MsgRequestVoteResponse
@@ -242,6 +250,28 @@ mod tests {
         let against = Entry { index: 4, term: 3, ..Entry::default() };
         let against = Message { index: 3, log_term: 1, entries: vec![against].into(), ..message(MsgAppend) };
         assert_eq!(refused(against), "committed entry");
+    }
+
+    /// No peer grants a vote that did not leave, and it leaves only with a durable log, which raft asserts of a winner.
+    #[test]
+    fn what_would_make_a_winner_without_a_durable_log_is_refused() {
+        let mut core = core();
+        let entry = Entry { index: 6, term: 3, data: vec![1].into(), ..Entry::default() };
+        let append = Message { index: 5, log_term: 2, entries: vec![entry].into(), ..message(MessageType::MsgAppend) };
+        assert_eq!(admit(&append, &core), Ok(()));
+        core.step(append);
+        let refusals = [
+            (MessageType::MsgRequestVoteResponse, "vote that was not asked for"),
+            (MessageType::MsgRequestPreVoteResponse, "vote that was not asked for"),
+            (MessageType::MsgTimeoutNow, "log not durable"),
+        ];
+        for (kind, word) in refusals {
+            assert_eq!(admit(&message(kind), &core), Err(Refusal::Senseless(word)));
+        }
+        turn(&mut core);
+        for (kind, _) in refusals {
+            assert_eq!(admit(&message(kind), &core), Ok(()));
+        }
     }
 
     #[test]

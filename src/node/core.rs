@@ -206,10 +206,17 @@ impl Core {
         })
     }
 
+    /// Whether every entry of the log is durable, those included that no turn has handed out yet.
+    pub fn log_is_durable(&self) -> bool {
+        let log = &self.raw.raft.raft_log;
+        log.persisted == log.last_index()
+    }
+
     pub fn tick(&mut self) {
         // A lone voter wins the election that it calls, and raft asserts that a winner's log is durable.
-        let lone_and_behind = self.raw.raft.prs().is_singleton() && self.persisted < self.written;
-        if self.is_leader() || !lone_and_behind {
+        let lone_and_behind = self.raw.raft.prs().is_singleton() && !self.log_is_durable();
+        // Before an election raft reads what it has not applied, and a snapshot on its way in took the place of that.
+        if self.is_leader() || !(lone_and_behind || self.is_restoring()) {
             self.settle_election_timeout();
             self.raw.tick();
         }
@@ -227,6 +234,7 @@ impl Core {
     /// Stands for election now instead of waiting for a time-out.
     pub fn campaign(&mut self) {
         if self.persisted == self.written
+            && self.log_is_durable()
             && let Err(error) = self.raw.campaign()
         {
             tracing::debug!(%error, "campaign refused");

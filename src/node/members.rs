@@ -10,7 +10,7 @@ use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, E
 use serde::{Deserialize, Serialize};
 
 use crate::channel::{Change, ChangeFailure, RequestId};
-use crate::cluster::{Introduction, Member};
+use crate::cluster::{Introduction, Member, URLS_MAX};
 use crate::wal::snapshot::Meta;
 
 /// What a handshake finds.
@@ -48,7 +48,10 @@ pub struct LoggedChange {
 impl LoggedChange {
     /// What a change in the log says beyond raft's part of it. `None` if it says nothing that this version can read.
     pub fn of(change: &ConfChangeV2) -> Option<Self> {
-        serde_json::from_slice(change.get_context()).ok()
+        let logged: LoggedChange = serde_json::from_slice(change.get_context()).ok()?;
+        // ID 0 means nobody: raft passes such a change over, and no snapshot could be written of such a member.
+        let (Change::Add(Member { id, .. }) | Change::Remove(id) | Change::Promote(id)) = &logged.change;
+        (*id != 0).then_some(logged)
     }
 
     fn to_raft(&self, kind: ConfChangeType, id: u64) -> ConfChangeV2 {
@@ -224,6 +227,12 @@ impl Members {
             up > voters.len() / 2
         };
         match &logged.change {
+            // A front end refuses it in its own words; this is for members of another version, or out of order: no
+            // snapshot could be written of such a membership, or no peer would talk to the newcomer.
+            Change::Add(newcomer) if newcomer.id == 0 || !(1..=URLS_MAX).contains(&newcomer.urls.len()) => {
+                let why = format!("a member has an ID from 1 on, and 1 to {URLS_MAX} URLs");
+                Err(ChangeFailure::Invalid(why))
+            }
             Change::Add(newcomer) => {
                 let id = newcomer.id;
                 if self.removed.contains(&id) {
@@ -442,6 +451,18 @@ mod tests {
         three.apply(&Change::Remove(3), &(vec![1, 2], vec![]).into());
         assert!(refusal(&three, Change::Add(member(3, 9003)), &[2]).contains("never used again"));
         assert_eq!(three.meet(3, 1), Acquaintance::Removed);
+    }
+
+    /// Another version may send it; no snapshot could be written of such a membership, and no peer would talk to it.
+    #[test]
+    fn a_newcomer_without_an_id_or_with_no_or_too_many_addresses_is_refused() {
+        let three = members(1, 3, false);
+        let urls = |count: usize| vec![member(4, 9004).urls[0].clone(); count];
+        for (id, count) in [(0, 1), (4, 0), (4, URLS_MAX + 1)] {
+            let refused = judge(&three, Change::Add(Member { id, urls: urls(count) }), &[2, 3]);
+            assert!(matches!(refused, Err(ChangeFailure::Invalid(_))), "{id}, {count} URLs: {refused:?}");
+        }
+        assert!(judge(&three, Change::Add(Member { id: 4, urls: urls(URLS_MAX) }), &[2, 3]).is_ok());
     }
 
     #[test]

@@ -8,6 +8,8 @@
 mod admit;
 mod changes;
 mod core;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod intake;
 mod logger;
 mod members;

@@ -1,6 +1,8 @@
 //! The store: applies what the commit channel brings, answers the ticket that came with each write, and shows its
 //! state to readers through a [`View`]. Nobody else changes the state.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod snapshot;
 mod state;
 

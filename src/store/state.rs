@@ -137,7 +137,7 @@ impl State {
         window.mark(request.counter)
     }
 
-    fn put(&mut self, key: Bytes, value: Bytes) {
+    pub(super) fn put(&mut self, key: Bytes, value: Bytes) {
         let old = self.keys.get(&key);
         if let Some(old) = old {
             self.content_hash = self.content_hash.wrapping_sub(hash(&key, old));

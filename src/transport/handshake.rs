@@ -9,12 +9,10 @@ use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 
 use super::frame::FrameError;
-use crate::cluster::PeerUrl;
+use crate::cluster::{PeerUrl, URLS_MAX};
 
 /// Version of the peer protocol: headers, endpoints, the frame's byte map and the proposals' encoding.
 pub const VERSION: u64 = 1;
-/// URLs that a peer may name for itself.
-pub const URLS_MAX: usize = 16;
 
 pub const PIPELINE: &str = "/raft";
 pub const STREAM: &str = "/raft/stream/message";

@@ -15,6 +15,8 @@
 mod dial;
 mod forward;
 mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod handshake;
 mod hub;
 mod introduce;

@@ -10,6 +10,8 @@ pub mod disk;
 #[doc(hidden)]
 pub mod disk_memory;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod identity;
 mod image;
 mod log;
@@ -67,7 +69,7 @@ impl Append {
 }
 
 /// What the log held when it was opened.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Recovered {
     pub founders: Vec<Member>,
     /// The number of this start, above that of every earlier one; durable.

@@ -256,6 +256,47 @@ fn a_lone_voter_s_appends_wait_for_its_vote() {
     assert!(core.turn().messages.iter().any(|message| message.get_msg_type() == MessageType::MsgAppend));
 }
 
+/// A leader that is alone is deposed by a stranger of a later term, and calls an election before any turn has handed out
+/// what it appended: raft asserts that a winner's log is durable.
+#[test]
+fn a_lone_voter_calls_no_election_before_its_log_is_durable() {
+    let mut core = Disk::default().start(1, &[1]);
+    core.campaign();
+    assert!(core.is_leader());
+    let mut message = Message { from: 2, to: 1, term: 9, index: 1, log_term: 1, ..Message::default() };
+    message.set_msg_type(MessageType::MsgAppend);
+    assert_eq!(admit(&message, &core), Ok(()));
+    core.step(message);
+    core.campaign();
+    (0..40).for_each(|_| core.tick());
+    assert!(!core.is_leader());
+    while let Some(last) = core.turn().writes.last() {
+        core.persisted(last.number);
+    }
+    (0..40).for_each(|_| core.tick());
+    assert!(core.is_leader());
+}
+
+/// A disk may take longer to make a received snapshot durable than an election time-out.
+#[test]
+fn no_election_is_called_while_a_snapshot_is_made_durable() {
+    let mut core = Disk::default().start(1, &[1, 2, 3]);
+    let mut message = Message { from: 2, to: 1, term: 2, ..Message::default() };
+    message.set_msg_type(MessageType::MsgSnapshot);
+    let snapshot = SnapshotMetadata { index: 7, term: 2, ..founding(&[1, 2, 3], &[]) };
+    message.mut_snapshot().set_metadata(snapshot);
+    assert_eq!(admit(&message, &core), Ok(()));
+    core.step(message);
+    let write = core.turn().writes.pop().unwrap();
+    assert!(core.is_restoring());
+    (0..40).for_each(|_| core.tick());
+    assert_eq!(core.role(), Role::Follower);
+    core.persisted(write.number);
+    assert!(core.turn().restored.is_some());
+    (0..40).for_each(|_| core.tick());
+    assert_eq!(core.role(), Role::Candidate);
+}
+
 /// Later appends go out beside the leader's own sync: replication and sync run in parallel.
 #[test]
 fn a_leader_sends_entries_before_its_own_sync() {

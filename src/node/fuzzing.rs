@@ -1,0 +1,576 @@
+//! A node's core among peers that may say anything, at any time, on a disk that is slow and may lose power: whatever
+//! they send, what [`admit`] lets through raft survives, and nothing committed changes. Called by `crate::fuzzing`; not
+//! in any binary that ships.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use arbitrary::{Arbitrary, Result, Unstructured};
+use bytes::Bytes;
+use protobuf::Message as _;
+use raft::eraftpb::{
+    ConfChangeSingle, ConfChangeType, ConfChangeV2, Entry, EntryType, HardState, Message, MessageType, SnapshotMetadata,
+};
+
+use super::NONCE_BYTES;
+use super::admit::{Refusal, admit};
+use super::core::{Core, FOUNDING, Start, Turn, Write};
+use super::members::{LoggedChange, Members, Verdict};
+use super::snapshots::conf_state;
+use crate::channel::{Change, RequestId};
+use crate::cluster::{Introduction, Member, PeerUrl, URLS_MAX};
+use crate::wal::snapshot::Meta;
+
+const ID: u64 = 1;
+
+/// A core in some state, and messages through [`admit`] into it.
+pub fn admit_step(bytes: &[u8]) {
+    // The run is over when the choices are.
+    run(&mut Unstructured::new(bytes)).ok();
+}
+
+fn run(u: &mut Unstructured<'_>) -> Result<()> {
+    let cluster: u8 = u.arbitrary()?;
+    let mut machine = Machine::new(1 + u64::from(cluster % 5), u64::from(cluster / 5 % 2));
+    while !u.is_empty() {
+        if machine.act(u)?.is_stopped() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the node goes on.
+enum Life {
+    Goes,
+    /// As the node does when it hears of data that it lost, or of its removal.
+    Stopped,
+}
+
+impl Life {
+    fn is_stopped(&self) -> bool {
+        matches!(self, Life::Stopped)
+    }
+}
+
+/// What survives a loss of power.
+#[derive(Clone)]
+struct Disk {
+    base: (u64, u64),
+    snapshot: Meta,
+    hard_state: HardState,
+    entries: Vec<Entry>,
+}
+
+/// What is on its way to the disk, in order.
+enum Writing {
+    Ready(Write, Option<Box<Meta>>),
+    Compaction(u64),
+}
+
+/// A node around its core, without tasks.
+struct Machine {
+    core: Core,
+    members: Members,
+    disk: Disk,
+    writing: VecDeque<Writing>,
+    /// Index of the last entry committed here, or restored.
+    published: u64,
+    /// Terms of what was committed here, in any life.
+    committed: BTreeMap<u64, u64>,
+    /// A snapshot that was stepped and is not durable in the log.
+    received: Option<Meta>,
+    /// One of its own that is being written.
+    taking: Option<Meta>,
+    requests: u64,
+}
+
+impl Machine {
+    fn new(voters: u64, learners: u64) -> Self {
+        let url = |id| PeerUrl::parse(&format!("http://a:{id}")).expect("a URL");
+        let member = |id| Member { id, urls: vec![url(id)] };
+        let founders: Vec<Member> = (1..=voters).map(member).collect();
+        let mut snapshot = Meta::founding(&founders);
+        for id in voters + 1..=voters + learners {
+            snapshot.learners.push(id);
+            snapshot.members.push(member(id));
+        }
+        let disk = Disk { base: FOUNDING, snapshot, hard_state: HardState::default(), entries: Vec::new() };
+        let (core, members) = disk.start();
+        Machine {
+            core,
+            members,
+            disk,
+            writing: VecDeque::new(),
+            published: FOUNDING.0,
+            committed: BTreeMap::new(),
+            received: None,
+            taking: None,
+            requests: 0,
+        }
+    }
+
+    fn act(&mut self, u: &mut Unstructured<'_>) -> Result<Life> {
+        let (what, which): (u8, u8) = u.arbitrary()?;
+        let peer = u64::from(which % 8);
+        match what {
+            // Most of all, messages.
+            0..=127 => {
+                let message = any_message(u, what, which, self)?;
+                if self.deliver(message).is_stopped() {
+                    return Ok(Life::Stopped);
+                }
+            }
+            128..=143 => {
+                let len: u8 = u.arbitrary()?;
+                let bytes = u.bytes(usize::from(len).min(u.len()))?;
+                if let Ok(message) = Message::parse_from_bytes(bytes)
+                    && self.deliver(message).is_stopped()
+                {
+                    return Ok(Life::Stopped);
+                }
+            }
+            144..=175 => self.persist(1 + usize::from(which % 4)),
+            176..=191 => (0..which % 24).for_each(|_| self.core.tick()),
+            192..=199 => self.core.campaign(),
+            200..=207 => {
+                let proposals: Vec<_> =
+                    (0..which % 4).map(|_| (self.request(), Bytes::from_static(b"command"))).collect();
+                // Refused or not, it survives.
+                self.core.propose(&proposals).ok();
+            }
+            208..=215 => {
+                // Refused or not, it survives.
+                self.core.propose_change(any_change(u)?).ok();
+            }
+            216..=219 => {
+                let context = self.request();
+                self.core.read_index(context);
+            }
+            220..=223 => {
+                self.core.hand_over();
+            }
+            224..=227 => self.core.report_unreachable(peer),
+            228..=231 => self.core.report_snapshot(peer, which & 0x80 != 0),
+            232..=235 => self.core.propose_nonce(peer, u64::from(which)),
+            236..=243 => self.take_snapshot(),
+            244..=249 => self.finish_snapshot(u64::from(which)),
+            250..=251 => self.core.forget_snapshot(),
+            252..=253 => self.lose_power(),
+            _ => self.persist(usize::MAX),
+        }
+        // Several things happen between two turns.
+        if what % 4 == 0 { Ok(Life::Goes) } else { Ok(self.turn()) }
+    }
+
+    fn request(&mut self) -> RequestId {
+        self.requests += 1;
+        RequestId { node: ID, boot: 1, counter: self.requests }
+    }
+
+    fn deliver(&mut self, message: Message) -> Life {
+        let is_snapshot = message.has_snapshot();
+        // One that came before is being installed still.
+        if is_snapshot && self.received.is_some() {
+            return Life::Goes;
+        }
+        match admit(&message, &self.core) {
+            Ok(()) if is_snapshot => {
+                // What its file says of the members, which were compared with the message.
+                let metadata = message.get_snapshot().get_metadata();
+                let members = metadata.get_conf_state();
+                let meta = Meta {
+                    index: metadata.index,
+                    term: metadata.term,
+                    voters: members.voters.clone(),
+                    learners: members.learners.clone(),
+                    ..self.disk.snapshot.clone()
+                };
+                assert_eq!(&conf_state(&meta), members, "what was admitted is of a simple membership");
+                assert_eq!(meta.check(), Ok(()), "what was admitted makes sense");
+                self.received = Some(meta);
+                self.core.step(message);
+            }
+            Ok(()) => self.core.step(message),
+            Err(Refusal::Senseless(_)) => {}
+            Err(Refusal::DataLost { .. }) => return Life::Stopped,
+        }
+        Life::Goes
+    }
+
+    fn turn(&mut self) -> Life {
+        let before = self.core.position();
+        let Turn { messages, writes, restored, committed, changes, reads: _ } = self.core.turn();
+        let after = self.core.position();
+        assert!(before.term <= after.term && before.commit <= after.commit, "{before:?} before {after:?}");
+        for write in writes {
+            let restoring =
+                write.snapshot.map(|_| Box::new(self.received.clone().expect("raft restores what was stepped")));
+            self.writing.push_back(Writing::Ready(write, restoring));
+        }
+        for message in &messages {
+            self.check_durable(message);
+        }
+        if let Some(metadata) = restored {
+            let meta = self.received.take().expect("raft restores what was stepped");
+            assert_eq!((meta.index, meta.term), (metadata.index, metadata.term));
+            assert!(self.published <= meta.index, "restored {} behind {}", meta.index, self.published);
+            self.members.restore(&meta);
+            self.published = meta.index;
+        }
+        if !self.core.is_restoring() {
+            self.received = None;
+        }
+        let mut changes = changes.into_iter().peekable();
+        for entry in committed {
+            assert_eq!(entry.index, self.published + 1, "committed without a gap");
+            assert!(self.disk.entries.contains(&entry), "committed here before it is durable here");
+            let term = *self.committed.entry(entry.index).or_insert(entry.term);
+            assert_eq!(term, entry.term, "entry {} was committed before as another", entry.index);
+            self.published = entry.index;
+            if let Some((_, change)) = changes.next_if(|(index, _)| *index == entry.index)
+                && let Some(LoggedChange { change, .. }) = LoggedChange::of(&change)
+            {
+                self.members.apply(&change, self.core.conf_state());
+                if change == Change::Remove(ID) {
+                    return Life::Stopped;
+                }
+            }
+        }
+        Life::Goes
+    }
+
+    /// Nothing leaves a node before the term and the vote that it relies on are durable.
+    fn check_durable(&self, message: &Message) {
+        use MessageType::*;
+        let durable = &self.disk.hard_state;
+        match message.get_msg_type() {
+            MsgRequestPreVote | MsgRequestPreVoteResponse | MsgReadIndex | MsgReadIndexResp | MsgTimeoutNow => {}
+            kind => {
+                let term = durable.term.max(self.disk.snapshot.term);
+                assert!(message.term <= term, "{kind:?} of term {}, where {term} is durable", message.term);
+            }
+        }
+        match message.get_msg_type() {
+            MsgRequestVoteResponse if !message.reject && message.term == durable.term => {
+                assert_eq!(durable.vote, message.to, "a vote that is not durable");
+            }
+            MsgRequestVote if message.term == durable.term => assert_eq!(durable.vote, ID),
+            _ => {}
+        }
+    }
+
+    fn persist(&mut self, count: usize) {
+        for _ in 0..count.min(self.writing.len()) {
+            match self.writing.pop_front().expect("it was counted") {
+                Writing::Ready(write, meta) => {
+                    let number = write.number;
+                    self.disk.write(write, meta.map(|meta| *meta));
+                    self.core.persisted(number);
+                }
+                Writing::Compaction(index) => self.disk.compact(index),
+            }
+        }
+    }
+
+    fn take_snapshot(&mut self) {
+        if self.core.is_restoring() || self.taking.is_some() || self.published <= self.disk.snapshot.index {
+            return;
+        }
+        let term = self.core.term_at(self.published).expect("the last entry applied is held");
+        let meta = self.members.meta(self.published, term, self.core.conf_state());
+        assert_eq!(meta.check(), Ok(()), "a snapshot that could not be written: {meta:?}");
+        self.taking = Some(meta);
+    }
+
+    fn finish_snapshot(&mut self, kept: u64) {
+        let Some(meta) = self.taking.take() else { return };
+        if self.core.is_restoring() || meta.index <= self.disk.snapshot.index {
+            return;
+        }
+        let keep_from = meta.index.saturating_sub(kept % 8).max(self.core.held().0);
+        if keep_from > self.core.held().0 {
+            self.writing.push_back(Writing::Compaction(keep_from));
+        }
+        self.core.compact(metadata(&meta), keep_from);
+        self.disk.snapshot = meta;
+    }
+
+    /// What was not durable is gone, and the node starts again.
+    fn lose_power(&mut self) {
+        self.writing.clear();
+        (self.received, self.taking) = (None, None);
+        (self.core, self.members) = self.disk.start();
+        self.published = self.disk.snapshot.index;
+    }
+}
+
+impl Disk {
+    fn start(&self) -> (Core, Members) {
+        let Disk { base, snapshot, hard_state, entries } = self.clone();
+        let members = Members::new(ID, 1, &snapshot, BTreeMap::new(), false);
+        let snapshot = metadata(&snapshot);
+        let start = Start {
+            id: ID,
+            base,
+            snapshot,
+            hard_state,
+            entries,
+            election_ticks: 10,
+            seed: 7,
+            message_bytes_max: 1 << 20,
+        };
+        (Core::new(start), members)
+    }
+
+    fn write(&mut self, write: Write, restored: Option<Meta>) {
+        if let Some((base, meta)) = write.snapshot.zip(restored) {
+            self.base = base;
+            self.snapshot = meta;
+            self.entries.clear();
+        }
+        if let Some(first) = write.entries.first() {
+            self.entries.retain(|entry| entry.index < first.index);
+            self.entries.extend(write.entries);
+        }
+        self.hard_state = write.hard_state.unwrap_or(std::mem::take(&mut self.hard_state));
+    }
+
+    fn compact(&mut self, index: u64) {
+        if let Some(last) = self.entries.iter().find(|entry| entry.index == index) {
+            self.base = (index, last.term);
+            self.entries.retain(|entry| index < entry.index);
+        }
+    }
+}
+
+fn metadata(meta: &Meta) -> SnapshotMetadata {
+    let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
+    metadata.set_conf_state(conf_state(meta));
+    metadata
+}
+
+/// A message that is nearly right, for most of those that are far from it end in the first checks.
+fn any_message(u: &mut Unstructured<'_>, what: u8, which: u8, machine: &Machine) -> Result<Message> {
+    use MessageType::*;
+    const KINDS: [MessageType; 16] = [
+        MsgAppend,
+        MsgAppend,
+        MsgAppend,
+        MsgAppendResponse,
+        MsgAppendResponse,
+        MsgHeartbeat,
+        MsgHeartbeatResponse,
+        MsgRequestVote,
+        MsgRequestVoteResponse,
+        MsgRequestPreVote,
+        MsgRequestPreVoteResponse,
+        MsgSnapshot,
+        MsgTimeoutNow,
+        MsgReadIndex,
+        MsgReadIndexResp,
+        MsgPropose,
+    ];
+    let at = machine.core.position();
+    let kind = KINDS[usize::from(which % 16)];
+    let flags: u8 = u.arbitrary()?;
+    let mut message = Message { from: 2 + u64::from(which / 16 % 4), to: ID, ..Message::default() };
+    message.set_msg_type(kind);
+    message.reject = flags & 1 != 0;
+    message.term = match kind {
+        MsgReadIndex => 0,
+        // Granted pre-votes name the term that is to come.
+        MsgRequestPreVoteResponse if !message.reject => at.term.saturating_add(1),
+        _ => near(u, at.term)?,
+    };
+    message.index = near(u, if flags & 2 == 0 { at.last } else { at.commit })?;
+    message.log_term = match machine.core.term_at(message.index) {
+        Some(term) if flags & 4 == 0 => term,
+        _ => near(u, at.term)?,
+    };
+    message.commit = if flags & 8 == 0 { at.commit.min(at.last) } else { near(u, at.last)? };
+    if flags & 16 != 0 {
+        message.reject_hint = near(u, at.last)?;
+        message.commit_term = near(u, at.term)?;
+        message.context = vec![what; usize::from(what) % 80].into();
+    }
+    match kind {
+        MsgAppend => {
+            let (mut index, mut term) = (message.index, message.log_term);
+            for _ in 0..flags >> 5 {
+                let entry = any_entry(u, &mut index, &mut term, message.term)?;
+                message.entries.push(entry);
+            }
+        }
+        MsgReadIndex | MsgReadIndexResp => {
+            let request = RequestId { node: message.from, boot: 1, counter: u64::from(flags) };
+            let data = Bytes::copy_from_slice(&request.to_bytes());
+            message.entries.push(Entry { data, ..Entry::default() });
+        }
+        MsgSnapshot => {
+            let (ids, outgoing): (u8, u8) = u.arbitrary()?;
+            let metadata = message.mut_snapshot().mut_metadata();
+            (metadata.index, metadata.term) = (near(u, at.last)?, near(u, at.term)?);
+            let members = metadata.mut_conf_state();
+            // Two bits for each of four: no member, a voter, a learner, both.
+            for id in 1..=4 {
+                let part = ids >> (2 * (id - 1)) & 3;
+                (part & 1 != 0).then(|| members.voters.push(id));
+                (part & 2 != 0).then(|| members.learners.push(id));
+            }
+            if outgoing > 240 {
+                members.voters_outgoing.push(u64::from(outgoing % 4));
+            }
+            message.log_term = 0;
+            message.index = 0;
+        }
+        _ => {}
+    }
+    Ok(message)
+}
+
+fn any_entry(u: &mut Unstructured<'_>, index: &mut u64, term: &mut u64, term_max: u64) -> Result<Entry> {
+    let what: u8 = u.arbitrary()?;
+    *index = if what < 248 { index.wrapping_add(1) } else { near(u, *index)? };
+    *term = if what & 1 == 0 { *term } else { near(u, term_max)? };
+    let mut entry = Entry { index: *index, term: *term, ..Entry::default() };
+    match what >> 1 & 7 {
+        0 => {}
+        1 => {
+            entry.set_entry_type(EntryType::EntryConfChangeV2);
+            entry.data = any_change(u)?.write_to_bytes().expect("a change is plain data").into();
+        }
+        2 => {
+            entry.set_entry_type(EntryType::EntryConfChangeV2);
+            let len: u8 = u.arbitrary()?;
+            entry.data = Bytes::copy_from_slice(u.bytes(usize::from(len).min(u.len()))?);
+        }
+        3 => entry.context = vec![what; NONCE_BYTES].into(),
+        _ => {
+            entry.context = RequestId { node: 2, boot: 1, counter: *index }.to_bytes().to_vec().into();
+            entry.data = vec![what; usize::from(what)].into();
+        }
+    }
+    Ok(entry)
+}
+
+/// A change of the members, such as this version or another may write: of several members at once, too.
+fn any_change(u: &mut Unstructured<'_>) -> Result<ConfChangeV2> {
+    let (count, transition, says): (u8, u8, u8) = u.arbitrary()?;
+    let mut change = ConfChangeV2::default();
+    for _ in 0..1 + count % 3 {
+        let (kind, id): (u8, u8) = u.arbitrary()?;
+        let mut single = ConfChangeSingle { node_id: u64::from(id % 6), ..ConfChangeSingle::default() };
+        single.set_change_type(match kind % 3 {
+            0 => ConfChangeType::AddNode,
+            1 => ConfChangeType::AddLearnerNode,
+            _ => ConfChangeType::RemoveNode,
+        });
+        change.changes.push(single);
+    }
+    if count < 16 {
+        change.set_transition(protobuf::ProtobufEnum::from_i32(i32::from(transition % 3)).expect("there are three"));
+    }
+    // What the log says beside raft's part of it.
+    let id = change.changes[0].node_id;
+    let urls = (0..says % 3).map(|port| PeerUrl::parse(&format!("http://b:{}", port + 1)).expect("a URL")).collect();
+    let logged = match change.changes[0].get_change_type() {
+        ConfChangeType::AddNode | ConfChangeType::AddLearnerNode => Change::Add(Member { id, urls }),
+        ConfChangeType::RemoveNode => Change::Remove(id),
+    };
+    let request = RequestId { node: 2, boot: 1, counter: u64::from(says) };
+    if says < 200 {
+        let context = serde_json::to_vec(&LoggedChange { request, change: logged }).expect("a change is plain data");
+        change.context = context.into();
+    }
+    Ok(change)
+}
+
+/// A number close to another one, or any at all.
+fn near(u: &mut Unstructured<'_>, number: u64) -> Result<u64> {
+    Ok(match u8::arbitrary(u)? {
+        0 => u.arbitrary()?,
+        1 => u64::MAX,
+        2 => u64::MAX - 1,
+        far @ 3..16 => number.saturating_sub(u64::from(far)),
+        far @ 16..32 => number.saturating_add(u64::from(far - 15)),
+        32..64 => number.saturating_sub(1),
+        64..96 => number.saturating_add(1),
+        _ => number,
+    })
+}
+
+/// Any bytes as the description of a snapshot: one that makes sense is a start that raft survives.
+pub fn start_from_meta(bytes: &[u8]) {
+    let Ok(meta) = serde_json::from_slice::<Meta>(bytes) else { return };
+    if meta.check().is_err() {
+        return;
+    }
+    let disk = Disk {
+        base: (meta.index, meta.term),
+        snapshot: meta.clone(),
+        hard_state: HardState::default(),
+        entries: Vec::new(),
+    };
+    let (mut core, members) = disk.start();
+    assert_eq!(core.conf_state(), &conf_state(&meta));
+    let mut again = members.meta(meta.index, meta.term, core.conf_state());
+    again.nonces = meta.nonces.clone();
+    assert_eq!(again.check(), Ok(()));
+    core.campaign();
+    core.turn();
+}
+
+/// Any bytes as a change that another member forwards, and as the word to a joiner: what is proposed makes sense, and
+/// raft makes it.
+pub fn foreign_change(bytes: &[u8]) {
+    if let Ok(introduction) = serde_json::from_slice::<Introduction>(bytes) {
+        let again = serde_json::to_vec(&introduction).expect("an introduction is plain data");
+        assert_eq!(serde_json::from_slice::<Introduction>(&again).ok(), Some(introduction));
+    }
+    let Ok(logged) = serde_json::from_slice::<LoggedChange>(bytes) else { return };
+    let machine = Machine::new(3, 1);
+    let Ok(Verdict::Propose(change)) = machine.members.judge(&logged, machine.core.conf_state(), |_| true) else {
+        return;
+    };
+    assert_eq!(LoggedChange::of(&change).as_ref(), Some(&logged), "the log says what was asked for");
+    match &logged.change {
+        Change::Add(member) => assert!(
+            member.id != 0 && (1..=URLS_MAX).contains(&member.urls.len()),
+            "a member that nobody can reach: {member:?}"
+        ),
+        Change::Remove(id) | Change::Promote(id) => assert_ne!(*id, 0),
+    }
+}
+
+/// Inputs to begin with, made by the encoders themselves: of [`admit_step`], [`start_from_meta`], [`foreign_change`].
+#[cfg(test)]
+pub fn seeds() -> [Vec<Vec<u8>>; 3] {
+    let machine = Machine::new(3, 1);
+    let mut life = vec![2, 192, 0];
+    for (kind, to_term) in [
+        (MessageType::MsgRequestPreVoteResponse, 2),
+        (MessageType::MsgRequestVoteResponse, 2),
+        (MessageType::MsgAppendResponse, 2),
+        (MessageType::MsgHeartbeat, 3),
+        (MessageType::MsgAppend, 3),
+    ] {
+        let mut message = Message { from: 2, to: ID, term: to_term, index: 2, log_term: 2, ..Message::default() };
+        message.set_msg_type(kind);
+        if kind == MessageType::MsgAppend {
+            message.entries.push(Entry { term: 3, index: 3, ..Entry::default() });
+        }
+        let bytes = message.write_to_bytes().unwrap();
+        life.extend([255, 0, 129, 0, bytes.len() as u8]);
+        life.extend(bytes);
+        life.extend([201, 1, 237, 0, 245, 0]);
+    }
+    let meta = machine.members.meta(7, 2, machine.core.conf_state());
+    let member = |id| Member { id, urls: vec![PeerUrl::parse("http://b:1").unwrap()] };
+    let request = RequestId { node: 2, boot: 1, counter: 1 };
+    let changes = [Change::Add(member(5)), Change::Remove(2), Change::Promote(4)];
+    let mut words: Vec<Vec<u8>> =
+        changes.map(|change| serde_json::to_vec(&LoggedChange { request, change }).unwrap()).into();
+    let introduction = Introduction { cluster: 7, founders: vec![member(1)], members: vec![member(1), member(2)] };
+    words.push(serde_json::to_vec(&introduction).unwrap());
+    [vec![life], vec![serde_json::to_vec(&meta).unwrap()], words]
+}
