@@ -16,6 +16,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, WeakUnboundedSender,
 
 use super::log::Counts;
 use super::record::FRAME_BYTES_MAX;
+use super::segment::HEADER_BYTES;
 use super::spare::Spare;
 use super::{Append, Error, Room, Wal};
 use crate::metrics::Metrics;
@@ -115,7 +116,8 @@ impl Writer {
             wished_behind: 0,
         };
         // Where little room is left nobody may append, and no append would ever ask for more.
-        if task.wal.active.room_bytes() < task.wal.active.size_bytes / 2 {
+        let active = &task.wal.active;
+        if active.room_bytes() < (active.size_bytes - HEADER_BYTES) / 2 {
             task.wish();
         }
         (Writer { work, thread: None, queued_bytes, counts, spare, metrics }, task)
