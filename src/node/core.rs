@@ -430,7 +430,16 @@ impl Core {
             self.hold(self.voted, ready.take_messages(), &mut turn);
             self.hold(self.written, ready.take_persisted_messages(), &mut turn);
             self.raw.advance_append_async(ready);
+            let changes = turn.changes.len();
             self.take_committed(committed, &mut turn);
+            // Elections go by the changes known to be committed. Members that forget in a blackout that one is would ask
+            // for votes by the configuration before it, and perhaps wait for a member that is gone for good.
+            if turn.changes.len() > changes
+                && let Some(hard_state) = self.unwritten()
+            {
+                self.written = number;
+                turn.writes.push(Write { number, snapshot: None, entries: Vec::new(), hard_state: Some(hard_state) });
+            }
         }
         turn
     }

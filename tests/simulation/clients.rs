@@ -101,8 +101,12 @@ impl Asked {
 /// Writes, and says whether it was done.
 pub async fn write(world: &Shared, client: u64, host: u64, key: Vec<u8>, value: Bytes) -> Result<(), Error> {
     let Some(asked) = ask(&mut lock(world), host) else { return Err(Error::NotApplied(Rejection::Stopping)) };
+    let (call, invoked) = (Call::Put(value.to_vec()), asked.invoked);
+    let open = Operation { client, key: key.clone(), call, invoked, outcome: Outcome::Unknown };
+    lock(world).open.insert(client, open.clone());
     let answer = timeout(asked.patience, asked.service.put(&key, &value)).await;
     let mut world = lock(world);
+    world.open.remove(&client);
     asked.judge(&mut world, answer.is_ok(), false);
     let at = world.instant();
     let answer = answer.unwrap_or(Err(Error::Unknown));
@@ -123,8 +127,7 @@ pub async fn write(world: &Shared, client: u64, host: u64, key: Vec<u8>, value: 
     };
     let done = u64::from(matches!(outcome, Outcome::Done { .. }));
     world.mark(&[5, client, host, at, done]);
-    let call = Call::Put(value.to_vec());
-    world.history.push(Operation { client, key, call, invoked: asked.invoked, outcome });
+    world.history.push(Operation { outcome, ..open });
     answer.map(drop)
 }
 

@@ -160,6 +160,8 @@ async fn settle(world: Shared, keys: u64) -> Result<(), String> {
 
 fn verdict(world: &Shared) -> Outcome {
     let mut world = lock(world);
+    let open = std::mem::take(&mut world.open);
+    open.into_values().for_each(|operation| world.history.push(operation));
     if !world.oracle.has_failed()
         && let Err(violation) = world.history.check()
     {

@@ -314,7 +314,8 @@ fn add(world: &mut World) {
 fn remove(world: &mut World, id: u64) {
     let is_lost = world.hosts[&id].state != State::Well || world.hosts[&id].wiped;
     if is_lost || can_lose_one(world) {
-        world.leaving.entry(id).or_default();
+        // Of two requests nobody knows which it was that came through.
+        world.leaving.entry(id).and_modify(|doubt| *doubt = true).or_insert(false);
         reconfigure(world, Change::Remove(id), id);
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::history::History;
+use crate::history::{History, Operation};
 use crate::host::Host;
 use crate::network::Network;
 use crate::oracle::Oracle;
@@ -59,11 +59,13 @@ pub struct World {
     pub rng: Rng,
     pub limits: Limits,
     pub hosts: BTreeMap<u64, Host>,
-    /// IDs that the operator had removed, or asked to; and whether an earlier word on that was that nobody knows.
+    /// IDs that the operator asked to have removed; and whether another request is in doubt.
     pub leaving: BTreeMap<u64, bool>,
     pub net: Network,
     pub oracle: Oracle,
     pub history: History,
+    /// Writes on their way, by client.
+    pub open: BTreeMap<u64, Operation>,
     trace: Xxh3,
     /// What happened, in words; kept where somebody is to read it.
     pub diary: Option<Vec<String>>,
@@ -86,6 +88,7 @@ impl World {
                 net: Network::default(),
                 oracle: Oracle::default(),
                 history: History::new(),
+                open: BTreeMap::new(),
                 trace: Xxh3::new(),
                 diary: None,
             })
