@@ -21,7 +21,7 @@ pub fn make(world: &mut World<'_>, fault: Fault, dice: &mut Dice) -> anyhow::Res
         Fault::Fsync => fail_a_sync(world, dice),
         Fault::DiskFull => fill_disks(world, dice),
         Fault::PowerCut => cut_power(world, dice),
-        Fault::Partition | Fault::OneWay | Fault::Slow | Fault::Loss | Fault::Trickle => {
+        Fault::Partition | Fault::OneWay | Fault::Slow | Fault::Loss | Fault::Trickle | Fault::Packets => {
             unreachable!("{fault:?} is a storm's")
         }
     }

@@ -1,5 +1,5 @@
-//! What Rust without `unsafe` cannot do: two small C programs, built when they are needed, and a mount namespace of our
-//! own, so that whatever is mounted goes with us. Says of each fault why it cannot be had here.
+//! What Rust without `unsafe` cannot do: two small C programs, built when they are needed, and namespaces of our own, so
+//! that whatever is mounted or filtered goes with us. Says of each fault why it cannot be had here.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -8,8 +8,8 @@ use anyhow::{Context as _, ensure};
 
 use crate::options::Fault;
 
-/// Set in the process that has a mount namespace of its own.
-const MARK: &str = "TORMENT_OWN_MOUNTS";
+/// Set in the process that has namespaces of its own.
+const MARK: &str = "TORMENT_OWN_NAMESPACES";
 
 /// Why a fault cannot be had here; `None` if it can.
 pub fn missing(fault: Fault) -> Option<&'static str> {
@@ -22,24 +22,29 @@ pub fn missing(fault: Fault) -> Option<&'static str> {
     if !rustix::process::geteuid().is_root() {
         return Some("it needs root");
     }
-    if !succeeds(Command::new("unshare").args(["--mount", "true"])) {
-        return Some("no mount namespaces");
+    if !succeeds(Command::new("unshare").args(["--mount", "--net", "true"])) {
+        return Some("no namespaces");
+    }
+    if fault == Fault::Packets {
+        let has_tools = succeeds(Command::new("nft").arg("--version")) && succeeds(Command::new("ip").arg("-V"));
+        return (!has_tools).then_some("no nft, or no ip");
     }
     let has_loops = Path::new("/dev/loop-control").exists() && succeeds(Command::new("mkfs.ext4").arg("-V"));
-    (!has_loops).then_some("no loop devices, or no mkfs.ext4")
+    (!has_loops || !succeeds(Command::new("ip").arg("-V"))).then_some("no loop devices, no mkfs.ext4, or no ip")
 }
 
 fn succeeds(command: &mut Command) -> bool {
     command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
-/// Runs this program again in a mount namespace of its own, unless this is that one. Its exit code, if it ran.
-pub fn with_own_mounts() -> anyhow::Result<Option<ExitCode>> {
+/// Runs this program again with mounts and a network of its own, unless this is that one. Its exit code, if it ran.
+pub fn with_own_namespaces() -> anyhow::Result<Option<ExitCode>> {
     if std::env::var_os(MARK).is_some() {
+        run(Command::new("ip").args(["link", "set", "lo", "up"]))?;
         return Ok(None);
     }
     let status = Command::new("unshare")
-        .arg("--mount")
+        .args(["--mount", "--net"])
         .arg(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .env(MARK, "1")

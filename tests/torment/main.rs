@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         why.is_none()
     });
     if faults.iter().any(|fault| fault.needs_root()) {
-        match helpers::with_own_mounts() {
+        match helpers::with_own_namespaces() {
             Ok(None) => {}
             Ok(Some(code)) => return code,
             Err(error) => {
@@ -79,9 +79,9 @@ fn main() -> ExitCode {
 fn torment(options: &Options, faults: &[Fault], seed: u64, home: &Path) -> anyhow::Result<()> {
     records::begin(home)?;
     let course = Course::new(home)?;
-    let network = Network::new(seed)?;
+    let network = Network::new(seed, faults.contains(&Fault::Packets))?;
     let helpers = Helpers::build(home, faults)?;
-    let has_disks = faults.iter().any(|fault| fault.needs_root());
+    let has_disks = faults.iter().any(|fault| fault.needs_disks());
     let mut world = World::found(options.nodes, home, &course, &network, helpers, has_disks)?;
     let began = Instant::now();
     let (result, mut history) = under_load(&mut world, options, faults, seed, &network);
@@ -122,16 +122,22 @@ fn under_load(
                 scope.spawn(move || clients::ask_away(course, client, pace, dice))
             })
             .collect();
-        let storms = scope.spawn(|| storms::rage(course, network, faults, Dice::new(seed, 1)));
+        let storms = scope.spawn(|| {
+            let stormed = storms::rage(course, network, faults, Dice::new(seed, 1));
+            if stormed.is_err() {
+                course.calm.ring();
+            }
+            stormed
+        });
         let result = make_faults(world, options, faults, Dice::new(seed, 2));
         course.calm.ring();
-        storms.join().expect("the storms end");
+        let stormed = storms.join().expect("the storms end");
         course.quiet.ring();
         let mut history = History::new();
         for client in clients {
             client.join().expect("a client ends").into_iter().for_each(|operation| history.push(operation));
         }
-        (result, history)
+        (result.and(stormed), history)
     })
 }
 
@@ -148,7 +154,10 @@ fn make_faults(world: &mut World<'_>, options: &Options, faults: &[Fault], mut d
         !is_counted || short("kills", options.kills) || short("partitions", options.partitions)
     };
     while Instant::now() < deadline && has_more() {
-        course.calm.rest(dice.millis(50..1_000));
+        // Calm before the end: the storms have failed.
+        if !course.calm.rest(dice.millis(50..1_000)) {
+            break;
+        }
         world.check()?;
         if any.is_empty() {
             continue;

@@ -22,6 +22,8 @@ pub enum Fault {
     Loss,
     /// Links that pass a few bytes at a time
     Trickle,
+    /// Packets that are lost, some or all, one way or both. Needs root and nftables, in a network of our own
+    Packets,
     /// A directory that is lost: the member must refuse to run, and is replaced
     Wipe,
     /// A bit flipped in the log or a snapshot: the member recovers, or refuses with the file and is replaced
@@ -39,11 +41,15 @@ pub enum Fault {
 impl Fault {
     /// What is done to the links rather than to a member.
     pub fn is_of_the_network(self) -> bool {
-        matches!(self, Fault::Partition | Fault::OneWay | Fault::Slow | Fault::Loss | Fault::Trickle)
+        matches!(self, Fault::Partition | Fault::OneWay | Fault::Slow | Fault::Loss | Fault::Trickle | Fault::Packets)
+    }
+
+    pub fn needs_disks(self) -> bool {
+        matches!(self, Fault::DiskFull | Fault::PowerCut)
     }
 
     pub fn needs_root(self) -> bool {
-        matches!(self, Fault::DiskFull | Fault::PowerCut)
+        self.needs_disks() || self == Fault::Packets
     }
 
     pub fn needs_c_compiler(self) -> bool {
@@ -55,7 +61,7 @@ impl Fault {
         match self {
             Fault::Kill => 12,
             Fault::Partition | Fault::PowerCut => 6,
-            Fault::Pause => 4,
+            Fault::Pause | Fault::Packets => 4,
             Fault::OneWay | Fault::Loss | Fault::Slow => 2,
             Fault::Fsync | Fault::Churn => 2,
             Fault::Trickle | Fault::Wipe | Fault::Flip | Fault::DiskFull => 1,

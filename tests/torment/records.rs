@@ -59,7 +59,7 @@ pub fn summary(
     result: &anyhow::Result<()>,
     verdict: &Result<Report, Violation>,
 ) -> String {
-    const COUNTED: [&str; 17] = [
+    const COUNTED: [&str; 18] = [
         "kills",
         "pauses",
         "partitions",
@@ -67,6 +67,7 @@ pub fn summary(
         "slow links",
         "losses",
         "trickles",
+        "packet losses",
         "power cuts",
         "failed syncs",
         "full disks",

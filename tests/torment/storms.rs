@@ -7,7 +7,7 @@ use crate::network::{Link, Network, Weather};
 use crate::options::Fault;
 
 /// Rages until the course is calm, and leaves a network without a fault.
-pub fn rage(course: &Course, network: &Network, faults: &[Fault], mut dice: Dice) {
+pub fn rage(course: &Course, network: &Network, faults: &[Fault], mut dice: Dice) -> anyhow::Result<()> {
     let kinds: Vec<Fault> = faults
         .iter()
         .filter(|fault| fault.is_of_the_network())
@@ -17,12 +17,13 @@ pub fn rage(course: &Course, network: &Network, faults: &[Fault], mut dice: Dice
         let kind = dice.pick(&kinds);
         let (weather, what, hold) = (storm(course, kind, &mut dice), name(kind), dice.millis(200..3_000));
         course.note(&format!("{what} for {} ms: {weather:?}", hold.as_millis()));
-        network.set(weather);
+        network.set(weather)?;
         course.calm.rest(hold);
-        network.set(Weather::new());
+        network.set(Weather::new())?;
         course.note(&format!("{what} is over"));
         course.count(what, 1);
     }
+    Ok(())
 }
 
 fn name(kind: Fault) -> &'static str {
@@ -32,6 +33,7 @@ fn name(kind: Fault) -> &'static str {
         Fault::Slow => "slow links",
         Fault::Loss => "losses",
         Fault::Trickle => "trickles",
+        Fault::Packets => "packet losses",
         other => unreachable!("{other:?} is no fault of the network"),
     }
 }
@@ -72,6 +74,10 @@ fn storm(course: &Course, kind: Fault, dice: &mut Dice) -> Weather {
         Fault::Trickle => {
             let pause = dice.millis(1..10);
             some(dice, &links(&ids), victim).into_iter().map(|link| (link, Link::Trickle(pause))).collect()
+        }
+        Fault::Packets => {
+            let percent = dice.pick(&[5, 20, 50, 100, 100]);
+            some(dice, &links(&ids), victim).into_iter().map(|link| (link, Link::Packets(percent))).collect()
         }
         other => unreachable!("{other:?} is no fault of the network"),
     }

@@ -131,7 +131,7 @@ impl<'a> World<'a> {
 
     fn machine(&self, id: u64, port: u16, joins: bool) -> anyhow::Result<Member> {
         let (client_port, listen) = (free_port(), free_port());
-        self.network.lay_cable(id, port, listen)?;
+        let listen = self.network.lay_cable(id, port, listen)?;
         let home = self.home.join(format!("member-{id}"));
         let disk = if self.has_disks { Some(Disk::new(home.with_extension("img"), &home)?) } else { None };
         fs::create_dir_all(&home)?;
@@ -139,7 +139,7 @@ impl<'a> World<'a> {
         flags.push(format!("--id={id}"));
         flags.push(format!("--cluster={}", self.urls.join(",")));
         flags.push(format!("--listen=127.0.0.1:{client_port}"));
-        flags.push(format!("--listen-peer=127.0.0.1:{listen}"));
+        flags.push(format!("--listen-peer={listen}"));
         if joins {
             flags.push("--join".to_owned());
         }
