@@ -90,7 +90,7 @@ fn wipe(world: &mut World<'_>, dice: &mut Dice) -> anyhow::Result<()> {
     let at = world.position(id);
     world.course.note(&format!("wipe {id}"));
     world.kill(at)?;
-    fs::remove_dir_all(world.members[at].data_dir())?;
+    world.wipe(at)?;
     world.start(at)?;
     let (code, last) = world.ended(at, "its directory was wiped")?;
     // Told by a peer that it has another directory, or by the leader that it has less than it acknowledged.

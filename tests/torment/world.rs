@@ -137,7 +137,7 @@ impl<'a> World<'a> {
         fs::create_dir_all(&home)?;
         let mut flags: Vec<String> = FLAGS.iter().map(ToString::to_string).collect();
         flags.push(format!("--id={id}"));
-        flags.push(format!("--cluster={}", self.urls.join(",")));
+        flags.push(self.list());
         flags.push(format!("--listen=127.0.0.1:{client_port}"));
         flags.push(format!("--listen-peer={listen}"));
         if joins {
@@ -181,6 +181,22 @@ impl<'a> World<'a> {
 
     pub fn resume(&mut self, at: usize) -> anyhow::Result<()> {
         self.members[at].signal(Signal::CONT)
+    }
+
+    /// An empty directory, and, for a machine that joined, the list of today: those whom it asked then may be gone. Who
+    /// founded the cluster is known by the list that founded it.
+    pub fn wipe(&mut self, at: usize) -> anyhow::Result<()> {
+        let list = self.list();
+        let member = &mut self.members[at];
+        if member.flags.iter().any(|flag| flag == "--join") {
+            let old = member.flags.iter_mut().find(|flag| flag.starts_with("--cluster=")).expect("a list");
+            *old = list;
+        }
+        Ok(fs::remove_dir_all(member.data_dir())?)
+    }
+
+    fn list(&self) -> String {
+        format!("--cluster={}", self.urls.join(","))
     }
 
     /// Nobody has ended who was not told to.
