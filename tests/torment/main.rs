@@ -37,6 +37,9 @@ use crate::network::Network;
 use crate::options::{Fault, Options};
 use crate::world::World;
 
+/// Between two lines that tell how far a long run is.
+const PROGRESS: Duration = Duration::from_secs(60);
+
 fn main() -> ExitCode {
     let options = Options::parse();
     if !options.is_wanted() {
@@ -92,12 +95,15 @@ fn torment(options: &Options, faults: &[Fault], seed: u64, home: &Path) -> anyho
     records::count_snapshots(&course, &world.logs())?;
     println!("{}", records::summary(options, seed, time, &course, &history, &result, &verdict));
     if result.is_err() || verdict.is_err() || options.keep {
-        records::keep(&mut world, &history, &verdict)?;
+        let kept = records::keep(&mut world, &history, &verdict);
+        kept.unwrap_or_else(|error| println!("torment: not all records could be kept: {error:#}"));
     }
     drop(world);
-    result?;
-    if let Err(violation) = verdict {
-        anyhow::bail!("{violation}");
+    match (result, verdict) {
+        (Ok(()), Ok(_)) => {}
+        (Err(error), Ok(_)) => return Err(error),
+        (Ok(()), Err(violation)) => anyhow::bail!("{violation}"),
+        (Err(error), Err(violation)) => anyhow::bail!("{error:#}\n{violation}"),
     }
     if !options.keep {
         fs::remove_dir_all(home)?;
@@ -148,6 +154,7 @@ fn make_faults(world: &mut World<'_>, options: &Options, faults: &[Fault], mut d
     let any: Vec<Fault> = first.iter().flat_map(|fault| std::iter::repeat_n(*fault, fault.weight())).collect();
     dice.shuffle(&mut first);
     let course = world.course;
+    let mut told = course.began.elapsed();
     let has_more = || {
         let short = |what, wanted: Option<u64>| wanted.is_some_and(|wanted| course.counted(what) < wanted);
         let is_counted = options.kills.is_some() || options.partitions.is_some();
@@ -163,7 +170,12 @@ fn make_faults(world: &mut World<'_>, options: &Options, faults: &[Fault], mut d
             continue;
         }
         let fault = first.pop().unwrap_or_else(|| dice.pick(&any));
-        faults::make(world, fault, &mut dice)?;
+        // Of its own, for how often one tries again is not repeatable, and what comes next should be.
+        faults::make(world, fault, &mut Dice::new(dice.next(), 0))?;
+        if course.began.elapsed() > told + PROGRESS {
+            told = course.began.elapsed();
+            println!("torment: {} s{}", told.as_secs(), records::counts(course));
+        }
     }
     world.check()
 }

@@ -77,7 +77,7 @@ impl Fault {
 /// Torments a cluster of real processes while clients write and read through every member, heals it, and checks that
 /// nothing that was acknowledged is lost and that every answer was linearizable.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "scripts/torment", max_term_width = 110, after_help = EXAMPLES)]
+#[command(name = "scripts/torment", bin_name = "scripts/torment", max_term_width = 100, after_help = EXAMPLES)]
 pub struct Options {
     /// Members that found the cluster
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=9))]
@@ -98,7 +98,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', value_name = "FAULT,…")]
     pub only: Vec<Fault>,
     /// Without these faults
-    #[arg(long, value_delimiter = ',', value_name = "FAULT,…")]
+    #[arg(long, value_delimiter = ',', value_name = "FAULT,…", hide_possible_values = true)]
     pub without: Vec<Fault>,
     /// All faults, those that need root too
     #[arg(long, conflicts_with = "only")]
@@ -123,8 +123,9 @@ Examples:
   scripts/torment --only kill,partition --minutes 5
   sudo -E scripts/torment --all --minutes 10
 
-The last line sums the run up. Exit code: 0 if all is well, 1 if not; then the logs and data directories, the history and
-what is wrong with it are under target/torment/SEED/, and the command that repeats the run is printed.";
+The last line sums the run up. Exit code: 0 if all is well, 1 if not; then the command that repeats
+the run is printed, and under target/torment/SEED/ are the members' logs and data, what was done when,
+the history, and a drawing of what is wrong with it.";
 
 /// What `cargo test -- …` may say to every test target.
 #[derive(Debug, Clone, clap::Args)]

@@ -49,6 +49,33 @@ pub fn count_snapshots(course: &Course, logs: &[PathBuf]) -> anyhow::Result<()> 
     Ok(())
 }
 
+const COUNTED: [&str; 18] = [
+    "kills",
+    "pauses",
+    "partitions",
+    "one-way cuts",
+    "slow links",
+    "losses",
+    "trickles",
+    "packet losses",
+    "power cuts",
+    "failed syncs",
+    "full disks",
+    "wiped",
+    "flips",
+    "flips refused",
+    "members added",
+    "members removed",
+    "snapshots",
+    "snapshots installed",
+];
+
+/// What was done so far.
+pub fn counts(course: &Course) -> String {
+    let counted = COUNTED.map(|what| (course.counted(what), what));
+    counted.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!(", {count} {what}")).collect()
+}
+
 /// The one line.
 pub fn summary(
     options: &Options,
@@ -59,26 +86,6 @@ pub fn summary(
     result: &anyhow::Result<()>,
     verdict: &Result<Report, Violation>,
 ) -> String {
-    const COUNTED: [&str; 18] = [
-        "kills",
-        "pauses",
-        "partitions",
-        "one-way cuts",
-        "slow links",
-        "losses",
-        "trickles",
-        "packet losses",
-        "power cuts",
-        "failed syncs",
-        "full disks",
-        "wiped",
-        "flips",
-        "flips refused",
-        "members added",
-        "members removed",
-        "snapshots",
-        "snapshots installed",
-    ];
     let operations = history.operations();
     let of = |wanted: fn(&Operation) -> bool| operations.iter().filter(|operation| wanted(operation)).count();
     let mut line = format!(
@@ -91,12 +98,7 @@ pub fn summary(
         of(|operation| matches!(operation.outcome, Outcome::NotApplied)),
         of(|operation| matches!(operation.outcome, Outcome::Unknown)),
     );
-    for what in COUNTED {
-        match course.counted(what) {
-            0 => {}
-            count => line.push_str(&format!(", {count} {what}")),
-        }
-    }
+    line.push_str(&counts(course));
     line.push_str(match (result, verdict) {
         (Err(_), _) => "; FAILED",
         (Ok(()), Ok(_)) => "; nothing lost, linearizable",
@@ -118,6 +120,7 @@ pub fn keep(world: &mut World<'_>, history: &History, verdict: &Result<Report, V
         fs::write(home.join("violation.txt"), violation.to_string())?;
         fs::write(home.join("violation.svg"), violation.svg())?;
     }
+    world.end()?;
     for member in &world.members {
         if member.disk.is_some() && member.data_dir().exists() {
             copy_dir(&member.data_dir(), &home.join(format!("data-{}", member.id)));

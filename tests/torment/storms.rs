@@ -15,7 +15,9 @@ pub fn rage(course: &Course, network: &Network, faults: &[Fault], mut dice: Dice
         .collect();
     while !kinds.is_empty() && course.calm.rest(dice.millis(100..1_200)) {
         let kind = dice.pick(&kinds);
-        let (weather, what, hold) = (storm(course, kind, &mut dice), name(kind), dice.millis(200..3_000));
+        // Of its own, for how much a storm asks of its dice depends on how many members there are.
+        let weather = storm(course, kind, &mut Dice::new(dice.next(), 0));
+        let (what, hold) = (name(kind), dice.millis(200..3_000));
         course.note(&format!("{what} for {} ms: {weather:?}", hold.as_millis()));
         network.set(weather)?;
         course.calm.rest(hold);

@@ -75,6 +75,15 @@ impl Member {
         Ok(())
     }
 
+    /// Of a machine that is gone only its log stays.
+    fn give_up(mut self, logs: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+        logs.push(self.log.clone());
+        if self.disk.take().is_some() {
+            fs::remove_file(self.home.with_extension("img"))?;
+        }
+        Ok(fs::remove_dir_all(&self.home)?)
+    }
+
     fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let process = self.process.as_ref().expect("a member that runs");
         Ok(kill_process(Pid::from_child(process), signal)?)
@@ -293,8 +302,7 @@ impl<'a> World<'a> {
             let said = self.members[at].log().contains("was removed from the cluster");
             ensure!(code == Some(0) && said, "member {id} was removed and ended with {code:?}: {last}");
         }
-        let gone = self.members.remove(at);
-        self.past_logs.push(gone.log.clone());
+        self.members.remove(at).give_up(&mut self.past_logs)?;
         self.course.count("members removed", 1);
         Ok(())
     }
@@ -361,6 +369,16 @@ impl<'a> World<'a> {
             self.members[at].signal(Signal::TERM)?;
             let (code, last) = self.ended(at, "it got TERM")?;
             ensure!(code == Some(0), "member {} stopped with {code:?}: {last}", self.members[at].id);
+        }
+        Ok(())
+    }
+
+    /// Ends all that still run, in whatever state they are.
+    pub fn end(&mut self) -> anyhow::Result<()> {
+        for at in 0..self.members.len() {
+            if self.members[at].is_up() {
+                self.kill_in_any_state(at)?;
+            }
         }
         Ok(())
     }
