@@ -11,8 +11,15 @@ use crate::options::Fault;
 /// Set in the process that has namespaces of its own.
 const MARK: &str = "TORMENT_OWN_NAMESPACES";
 
-/// Why a fault cannot be had here; `None` if it can.
-pub fn missing(fault: Fault) -> Option<&'static str> {
+/// Why a fault cannot be had here with so many nodes; `None` if it can.
+pub fn missing(fault: Fault, nodes: u64) -> Option<&'static str> {
+    if nodes < fault.nodes_min() {
+        return Some("it needs three nodes");
+    }
+    // Preloading and shutting down are asked for as glibc and Linux have it.
+    if fault.needs_c_compiler() && !cfg!(all(target_os = "linux", target_env = "gnu")) {
+        return Some("it needs Linux with glibc");
+    }
     if fault.needs_c_compiler() && !succeeds(Command::new("cc").arg("--version")) {
         return Some("no C compiler called cc");
     }

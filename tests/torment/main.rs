@@ -45,12 +45,10 @@ fn main() -> ExitCode {
     if !options.is_wanted() {
         return ExitCode::SUCCESS;
     }
-    let mut faults = options.faults();
+    let (mut faults, mut skipped) = (options.faults(), Vec::new());
     faults.retain(|fault| {
-        let why = helpers::missing(*fault);
-        if let Some(why) = why {
-            println!("torment: skipped: {}: {why}", fault.name());
-        }
+        let why = helpers::missing(*fault, options.nodes);
+        skipped.extend(why.map(|why| format!("torment: skipped: {}: {why}", fault.name())));
         why.is_none()
     });
     if faults.iter().any(|fault| fault.needs_root()) {
@@ -66,7 +64,9 @@ fn main() -> ExitCode {
     let clock = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = options.seed.unwrap_or_else(|| clock().as_micros() as u64 % 1_000_000_000);
     let home = records::home(seed);
-    println!("torment: seed {seed}, {} nodes", options.nodes);
+    skipped.iter().for_each(|line| println!("{line}"));
+    // Said at once, too: a run may be ended before it ends.
+    println!("torment: {}", options.command(seed));
     match torment(&options, &faults, seed, &home) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

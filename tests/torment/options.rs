@@ -56,6 +56,11 @@ impl Fault {
         matches!(self, Fault::Fsync | Fault::PowerCut)
     }
 
+    /// A member that is lost can be replaced where the others are a majority.
+    pub fn nodes_min(self) -> u64 {
+        if matches!(self, Fault::Wipe | Fault::Flip) { 3 } else { 1 }
+    }
+
     /// How often it is chosen, against the others of its kind.
     pub fn weight(self) -> usize {
         match self {

@@ -17,6 +17,10 @@ pub fn rage(course: &Course, network: &Network, faults: &[Fault], mut dice: Dice
         let kind = dice.pick(&kinds);
         // Of its own, for how much a storm asks of its dice depends on how many members there are.
         let weather = storm(course, kind, &mut Dice::new(dice.next(), 0));
+        if weather.is_empty() {
+            // Nobody to part from.
+            continue;
+        }
         let (what, hold) = (name(kind), dice.millis(200..3_000));
         course.note(&format!("{what} for {} ms: {weather:?}", hold.as_millis()));
         network.set(weather)?;
