@@ -39,8 +39,17 @@ struct Waiting {
     deadline: u64,
     /// It may be in some log.
     proposed: bool,
+    /// Questions to leaders that are not answered: each may yet bring it into a log.
+    open_questions: u32,
     /// Not before this tick: it was asked for a moment ago.
     ask_from: u64,
+}
+
+impl Waiting {
+    /// Whether it may be in some log, or may still come into one.
+    fn is_in_doubt(&self) -> bool {
+        self.proposed || self.open_questions > 0
+    }
 }
 
 /// The leader's word to a member that forwards a change.
@@ -136,7 +145,7 @@ impl<A: Send + 'static> Node<A> {
 
     fn wait_for_change(&mut self, logged: LoggedChange, asker: Asker) {
         let deadline = self.now + self.request_ticks;
-        let waiting = Waiting { logged, asker, deadline, proposed: false, ask_from: 0 };
+        let waiting = Waiting { logged, asker, deadline, proposed: false, open_questions: 0, ask_from: 0 };
         if self.changes.waiting.len() >= CHANGES_MAX {
             return waiting.asker.refuse(ChangeFailure::Rejected(Rejection::Busy));
         }
@@ -166,6 +175,7 @@ impl<A: Send + 'static> Node<A> {
                 continue;
             }
             waiting.ask_from = self.now + RETRY_TICKS;
+            waiting.open_questions += 1;
             let request = waiting.logged.request;
             let body = serde_json::to_vec(&waiting.logged).expect("a change is plain data");
             let answer = self.ends.peers.reconfigure(leader, body.into());
@@ -182,6 +192,10 @@ impl<A: Send + 'static> Node<A> {
         }
         if self.changes.in_flight == Some(request) {
             return waiting.asker.taken().map(|asker| Waiting { asker, ..waiting });
+        }
+        // What an earlier try may have brought into a log is not refused: the log tells, or the deadline.
+        if waiting.is_in_doubt() && (self.changes.in_flight.is_some() || self.judge(&waiting.logged).is_err()) {
+            return Some(waiting);
         }
         if self.changes.in_flight.is_some() {
             let why = "another change of the membership is under way: try again when it is made";
@@ -230,10 +244,11 @@ impl<A: Send + 'static> Node<A> {
         let Some(mut waiting) = self.changes.remove(request) else {
             return;
         };
+        waiting.open_questions -= 1;
         match answer.map(|body| serde_json::from_slice(&body)) {
             Ok(Ok(Word::Taken)) => waiting.proposed = true,
             Ok(Ok(Word::Made)) => return waiting.asker.made(),
-            Ok(Ok(Word::Refused(failure))) if !waiting.proposed => return waiting.asker.refuse(failure),
+            Ok(Ok(Word::Refused(failure))) if !waiting.is_in_doubt() => return waiting.asker.refuse(failure),
             // An earlier try may be what this one collides with: wait for the commit.
             Ok(Ok(Word::Refused(failure))) => debug!(%failure, "a change asked for again was refused"),
             Ok(Ok(Word::NotLeader)) => waiting.ask_from = self.now + 1,
@@ -300,10 +315,11 @@ impl<A: Send + 'static> Node<A> {
         let due = |waiting: &Waiting| waiting.deadline <= now;
         while let Some(at) = self.changes.waiting.iter().position(due) {
             let waiting = self.changes.waiting.remove(at).expect("it was found there");
-            waiting.asker.refuse(match waiting.proposed {
+            let failure = match waiting.is_in_doubt() {
                 true => ChangeFailure::Unknown,
                 false => ChangeFailure::Rejected(Rejection::NoLeader),
-            });
+            };
+            waiting.asker.refuse(failure);
         }
         if self.core.may_change() && self.changes.in_flight.is_none() {
             self.promote();

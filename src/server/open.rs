@@ -20,6 +20,9 @@ use crate::wal::identity::Identity;
 /// Pause before a member is asked again where this one belongs.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
+/// Between two lines of the log about that.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+
 /// What a start finds or makes.
 pub struct Opened {
     pub data: Data,
@@ -80,7 +83,7 @@ async fn join(config: &Config, urls: &[PeerUrl]) -> Result<Introduction, Error> 
         return Err(Error::NotAdded { id: config.id, refusals: "--cluster lists no other member to ask".to_owned() });
     }
     let patience = Instant::now() + config.request_timeout;
-    let mut told = false;
+    let mut told: Option<Instant> = None;
     loop {
         let mut refusals = Vec::new();
         let mut silent = 0;
@@ -99,9 +102,10 @@ async fn join(config: &Config, urls: &[PeerUrl]) -> Result<Introduction, Error> 
         if silent < others.len() && Instant::now() > patience {
             return Err(Error::NotAdded { id: config.id, refusals: refusals.join("; ") });
         }
-        if !told {
-            info!("joining: waiting for a member that knows this one");
-            told = true;
+        if told.is_none_or(|last| last.elapsed() >= TELL_AGAIN) {
+            let (asked, why) = (others.len(), refusals.join("; "));
+            info!(asked, silent, why, "joining: waiting for a member that knows this one");
+            told = Some(Instant::now());
         }
         tokio::time::sleep(ASK_AGAIN).await;
     }
@@ -110,6 +114,10 @@ async fn join(config: &Config, urls: &[PeerUrl]) -> Result<Introduction, Error> 
 /// A list may be stale or left away, for the members in the log count. One that shares no address with them is meant for
 /// another cluster, and to serve this one in its place would answer for data that is not there.
 fn check_cluster(config: &Config, members: &[Member], founders: &[Member]) -> Result<(), Error> {
+    // A newcomer that was killed before it had the log knows only the founders, who may all be gone.
+    if !members.iter().any(|member| member.id == config.id) {
+        return Ok(());
+    }
     let known = |url: &PeerUrl| members.iter().chain(founders).any(|member| member.urls.contains(url));
     if config.is_default_cluster() || config.cluster.iter().flat_map(|member| &member.urls).any(known) {
         return Ok(());
@@ -124,4 +132,35 @@ fn urls_of(members: &[Member], id: u64) -> Option<Vec<PeerUrl>> {
 
 fn now_micros() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(id: u64, list: &str) -> Config {
+        let args = ["raftkv", "--id", &id.to_string(), "--join", "--cluster", list].map(Into::into);
+        crate::cli::parse(args.into_iter()).expect("a command line").config
+    }
+
+    fn member(id: u64, url: &str) -> Member {
+        Member { id, urls: vec![PeerUrl::parse(url).expect("a URL")] }
+    }
+
+    #[test]
+    fn a_list_that_names_nobody_whom_the_directory_knows_is_of_another_cluster() {
+        let founders = [member(1, "http://a:1")];
+        let members = [member(2, "http://b:1")];
+        let checked = |list| check_cluster(&config(2, list), &members, &founders).is_ok();
+        assert!(checked("http://a:1,http://x:1"), "stale, and of this cluster");
+        assert!(checked("http://x:1,http://b:1"));
+        assert!(!checked("http://x:1,http://y:1"));
+    }
+
+    /// The list has who is there today; the directory only knows founders that are gone.
+    #[test]
+    fn a_newcomer_that_was_killed_before_it_had_the_log_may_start_again() {
+        let founders = [member(1, "http://a:1")];
+        assert!(check_cluster(&config(3, "http://x:1,http://b:1,http://c:1"), &founders, &founders).is_ok());
+    }
 }

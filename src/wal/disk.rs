@@ -37,6 +37,8 @@ pub trait DiskFile: Send {
     /// Makes the file `len` bytes long and takes the room for it now, so that a full disk shows here.
     fn allocate(&mut self, len: u64) -> Result<(), DiskError>;
     fn sync_data(&mut self) -> Result<(), DiskError>;
+    /// The file has another name now, under which its errors are to be told.
+    fn renamed(&mut self, path: &Path);
 }
 
 /// The whole content of a file.
@@ -152,5 +154,9 @@ impl DiskFile for RealFile {
 
     fn sync_data(&mut self) -> Result<(), DiskError> {
         self.file.sync_data().map_err(failed("sync", &self.path))
+    }
+
+    fn renamed(&mut self, path: &Path) {
+        path.clone_into(&mut self.path);
     }
 }

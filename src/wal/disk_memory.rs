@@ -422,6 +422,10 @@ impl DiskFile for MemoryFile {
         shared.syncs += 1;
         Ok(())
     }
+
+    fn renamed(&mut self, path: &Path) {
+        path.clone_into(&mut self.path);
+    }
 }
 
 #[cfg(test)]

@@ -191,7 +191,9 @@ impl Segment {
     /// Makes a draft, and the frame in it, durable, and gives it its name.
     pub fn publish(&mut self, disk: &dyn Disk, dir: &Path) -> Result<(), Error> {
         self.file.sync_data()?;
-        disk.rename(&draft_path(dir), &path(dir, self.header.id))?;
+        let named = path(dir, self.header.id);
+        disk.rename(&draft_path(dir), &named)?;
+        self.file.renamed(&named);
         disk.sync_dir(dir)?;
         Ok(())
     }

@@ -398,12 +398,12 @@ mod tests {
 
     use raft::eraftpb::Entry;
 
+    use super::super::Options;
     use super::super::disk::Disk;
     use super::super::disk_memory::MemoryDisk;
-    use super::super::{Options, segment};
     use super::*;
 
-    const SEGMENT_BYTES: u64 = segment::HEADER_BYTES + 4096;
+    const SEGMENT_BYTES: u64 = HEADER_BYTES + 4096;
 
     fn spawn(disk: &MemoryDisk) -> (Writer, Receiver<Event>) {
         let options = Options { dir: "/data/wal".into(), segment_bytes: SEGMENT_BYTES };
@@ -501,7 +501,7 @@ mod tests {
         disk.set_capacity(None);
         assert!(matches!(wait(&events), Event::Room(Room::Ok)));
         let status = writer.status();
-        assert!(!status.full && status.room_bytes > SEGMENT_BYTES - segment::HEADER_BYTES);
+        assert!(!status.full && status.room_bytes > SEGMENT_BYTES - HEADER_BYTES);
         writer.close();
     }
 

@@ -23,7 +23,7 @@ use raftkv::wal::snapshot::Snapshots;
 use raftkv::wal::writer::{Hand, Writer};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::network::{Acquaintances, Wire};
@@ -534,12 +534,13 @@ async fn tap(
 
 /// The log's threads, at the pace of the disk.
 async fn write(world: Shared, id: u64, mut hand: Hand) {
+    let mut retry_at = Instant::now() + SPARE_RETRY;
     loop {
-        let again = tokio::select! {
+        tokio::select! {
             biased;
-            () = hand.work() => false,
-            () = sleep(SPARE_RETRY) => true,
-        };
+            () = hand.work() => {}
+            () = sleep_until(retry_at) => {}
+        }
         let delay = {
             let mut world = lock(&world);
             let longest = world.hosts[&id].sync_millis;
@@ -550,6 +551,10 @@ async fn write(world: Shared, id: u64, mut hand: Hand) {
         }
         if !hand.turn() {
             return;
+        }
+        let again = Instant::now() >= retry_at;
+        if again {
+            retry_at = Instant::now() + SPARE_RETRY;
         }
         hand.prepare_spare(again);
     }

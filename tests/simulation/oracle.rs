@@ -37,6 +37,8 @@ pub struct Oracle {
     /// Changes of the membership that left a leader, by index and term.
     changes: HashMap<(u64, u64), ConfChangeV2>,
     voters: BTreeSet<u64>,
+    /// Index of the last change that is known to be committed.
+    changed: u64,
 }
 
 #[derive(PartialEq)]
@@ -107,6 +109,11 @@ impl Oracle {
     /// Who votes, as of the last entry known to be committed.
     pub fn voters(&self) -> &BTreeSet<u64> {
         &self.voters
+    }
+
+    /// Whether a host has published the last change of the membership.
+    pub fn knows_members(&self, host: u64) -> bool {
+        self.next.get(&host).is_some_and(|next| *next > self.changed)
     }
 
     /// Entries known to be committed.
@@ -222,6 +229,9 @@ impl Oracle {
             self.expect(index == self.last() + 1, || format!("entry {index} is committed before {}", index - 1));
             if let Some((request, command)) = what {
                 self.apply(index, request, command);
+            }
+            if self.changes.contains_key(&(index, entry_term)) {
+                self.changed = index;
             }
             for single in self.changes.get(&(index, entry_term)).into_iter().flat_map(|change| &change.changes) {
                 match single.get_change_type() {

@@ -240,9 +240,14 @@ fn cut(world: &mut World, pairs: Vec<(u64, u64)>, lasts: Millis) {
 /// Whether the cluster goes on if one more loses its data: no system of this kind survives the loss of a majority.
 fn can_lose_one(world: &World) -> bool {
     let voters = world.oracle.voters();
+    // Elections go by the membership that a member knows to be committed: a majority must know of the newest.
     let well = |id: &&u64| {
         let host = &world.hosts[*id];
-        host.state == State::Well && !host.wiped && !host.damaged && !world.leaving.contains_key(id)
+        host.process.is_some()
+            && world.oracle.knows_members(**id)
+            && !host.wiped
+            && !host.damaged
+            && !world.leaving.contains_key(id)
     };
     voters.iter().filter(well).count() > voters.len() / 2 + 1
 }
