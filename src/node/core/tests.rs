@@ -328,3 +328,28 @@ impl World {
         }
     }
 }
+
+/// Raft elects by the changes that are known to be committed. Were that forgotten by all who know it in one blackout, they
+/// would ask a member for its vote that the change made dispensable, and that may be gone for good.
+#[test]
+fn that_a_change_of_the_members_is_committed_is_durable_at_once() {
+    let mut core = Disk::default().start(1, &[1]);
+    core.campaign();
+    let mut persist = |core: &mut Core| {
+        let turn = core.turn();
+        turn.writes.iter().for_each(|write| core.persisted(write.number));
+        turn
+    };
+    while !persist(&mut core).writes.is_empty() {}
+    let mut change = ConfChangeV2::default();
+    let mut single = raft::eraftpb::ConfChangeSingle { node_id: 2, ..Default::default() };
+    single.set_change_type(ConfChangeType::AddLearnerNode);
+    change.mut_changes().push(single);
+    let (_, index) = core.propose_change(change).unwrap();
+    assert_eq!(persist(&mut core).writes.len(), 1, "the entry");
+    let turn = persist(&mut core);
+    assert_eq!(turn.changes.len(), 1);
+    let commit = turn.writes.iter().filter_map(|write| write.hard_state.as_ref()).map(|state| state.commit).max();
+    assert_eq!(commit, Some(index));
+    assert_eq!(persist(&mut core).writes.len(), 0, "once");
+}
