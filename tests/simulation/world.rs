@@ -57,6 +57,8 @@ pub struct World {
     wakes_at: Millis,
     wake: Arc<Notify>,
     pub rng: Rng,
+    /// A script says who starts and what a power cut leaves; nothing of it is left to chance.
+    pub scripted: bool,
     pub limits: Limits,
     pub hosts: BTreeMap<u64, Host>,
     /// IDs that the operator had removed, or asked to; and whether an earlier word on that was that nobody knows.
@@ -80,6 +82,7 @@ impl World {
                 wakes_at: 0,
                 wake: Arc::default(),
                 rng: Rng::with_seed(seed),
+                scripted: false,
                 limits,
                 hosts: BTreeMap::new(),
                 leaving: BTreeMap::new(),
