@@ -72,6 +72,8 @@ pub struct Host {
     pub damaged: bool,
     /// Its directory was emptied: the others must not deal with it any more.
     pub wiped: bool,
+    /// The next power cut leaves the first sector of what was not synced, and no more: for a script.
+    pub tears: bool,
 }
 
 /// A running process.
@@ -180,6 +182,7 @@ impl World {
             disk_hurt: false,
             damaged: false,
             wiped: false,
+            tears: false,
         };
         self.hosts.insert(id, host);
     }
@@ -220,6 +223,7 @@ impl World {
             return;
         }
         host.disk_hurt = false;
+        let _host = tracing::info_span!("host", id).entered();
         let (place, clock) = (self.place(id), self.wall_clock_micros(id));
         let joiner = self.hosts[&id].joiner;
         let opened = match place.used_by(id) {
@@ -251,7 +255,7 @@ impl World {
         if damaged {
             self.host(id).state = State::Lost(why.to_owned());
         } else if hurt || why.contains("made up") || why.contains("no storage space") {
-            self.after(1000, move |world| world.start(id));
+            self.start_later(id, 1000);
         } else {
             self.oracle.fail(format!("host {id} does not start: {why}"));
         }
@@ -440,7 +444,7 @@ impl World {
         }
         if let Err(node::Stopped::Wal(_)) = outcome {
             let pause = self.rng.u64(500..5000);
-            self.after(pause, move |world| world.start(id));
+            self.start_later(id, pause);
         }
         // Its last words are still to be written.
         let grace = if removed || stopping { 50 } else { 0 };
@@ -460,12 +464,26 @@ impl World {
         let mut rng = self.rng.fork();
         // Now all of it reaches the disk, now nothing, now this and that.
         let survives = [0, 1000, 500, 900, 100][rng.usize(0..5)];
-        self.note(format_args!("host {id}: power lost"));
+        // Each task of the process notices: once told is enough.
+        if self.hosts[&id].process.is_some() || self.hosts[&id].disk.has_stopped() {
+            self.note(format_args!("host {id}: power lost"));
+        }
+        let scripted = self.scripted;
         let host = self.host(id);
         host.process = None;
-        host.disk.crash(&mut || rng.u32(0..1000) < survives);
+        let mut tears = std::mem::take(&mut host.tears);
+        host.disk.crash(&mut || {
+            if scripted { std::mem::take(&mut tears) } else { rng.u32(0..1000) < survives }
+        });
         let pause = self.rng.u64(200..5000);
-        self.after(pause, move |world| world.start(id));
+        self.start_later(id, pause);
+    }
+
+    /// Somebody looks after hosts that are down, unless a script does.
+    fn start_later(&mut self, id: u64, pause: Millis) {
+        if !self.scripted {
+            self.after(pause, move |world| world.start(id));
+        }
     }
 
     /// Asks a process to end in order.

@@ -6,10 +6,12 @@ mod damage;
 #[path = "../history/mod.rs"]
 mod history;
 mod host;
+mod narrator;
 mod network;
 mod oracle;
 mod panics;
 mod run;
+mod script;
 mod weather;
 mod world;
 
@@ -36,6 +38,12 @@ fn no_kept_seed_fails() {
         let outcome = run(seed, SHORT, false);
         assert!(outcome.failure.is_none(), "{}", outcome.report(seed, SHORT));
     }
+}
+
+/// Stories for readers, told by the nodes themselves. `RAFTKV_RECORD_SCRIPTS=1` writes them anew: read the difference.
+#[test]
+fn scripts_tell_the_same_story() {
+    script::tell_all();
 }
 
 /// What `scripts/simulate` runs, told by its environment.

@@ -425,6 +425,9 @@ impl World {
     fn carry_snapshot(&mut self, from: u64, life: u64, message: Message) -> bool {
         let to = message.to;
         let lost = self.is_lost(from, to) || self.is_lost(to, from) || self.net.snapshots_lost;
+        if self.net.snapshots_lost {
+            self.note(format_args!("a snapshot from {from} to {to} is lost"));
+        }
         let Some((to_life, _)) = self.stream(from, to).filter(|_| !lost) else { return false };
         let (Some(sender), Some(receiver)) = (self.process(from, life), self.process(to, to_life)) else {
             return false;

@@ -94,7 +94,7 @@ async fn one(seed: u64, length: Length, tell: bool) -> Outcome {
 }
 
 /// Once faults end there is progress: every member serves reads and writes, and all agree.
-async fn calm(world: &Shared, keys: u64) {
+pub async fn calm(world: &Shared, keys: u64) {
     let began = lock(world).now();
     let mut last = String::new();
     loop {

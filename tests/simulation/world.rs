@@ -57,6 +57,8 @@ pub struct World {
     wakes_at: Millis,
     wake: Arc<Notify>,
     pub rng: Rng,
+    /// A script says who starts and what a power cut leaves; nothing of it is left to chance.
+    pub scripted: bool,
     pub limits: Limits,
     pub hosts: BTreeMap<u64, Host>,
     /// IDs that the operator asked to have removed; and whether another request is in doubt.
@@ -82,6 +84,7 @@ impl World {
                 wakes_at: 0,
                 wake: Arc::default(),
                 rng: Rng::with_seed(seed),
+                scripted: false,
                 limits,
                 hosts: BTreeMap::new(),
                 leaving: BTreeMap::new(),
