@@ -102,10 +102,25 @@ impl MemoryDisk {
         self.shared().stop_at = Some(operation);
     }
 
+    /// Whether an operation is yet to fail, or room is short.
+    pub fn is_faulty(&self) -> bool {
+        let shared = self.shared();
+        shared.capacity_bytes.is_some() || shared.fail_at.is_some_and(|fail| shared.operations <= fail)
+    }
+
     /// Whether the power is out since [`MemoryDisk::stop_at`].
     pub fn has_stopped(&self) -> bool {
         let shared = self.shared();
         shared.stop_at.is_some_and(|stop| shared.operations > stop)
+    }
+
+    /// Takes back the faults that are yet to come.
+    pub fn heal(&self) {
+        let mut shared = self.shared();
+        shared.fail_at = None;
+        if shared.stop_at.is_some_and(|stop| shared.operations <= stop) {
+            shared.stop_at = None;
+        }
     }
 
     /// Loses power and comes back. `survives` is asked for each step of each unsynced sector, size and name;

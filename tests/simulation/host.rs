@@ -222,7 +222,7 @@ impl World {
         if host.process.is_some() || host.joining || host.state != State::Well {
             return;
         }
-        host.disk_hurt = false;
+        host.disk_hurt = host.disk.is_faulty();
         let _host = tracing::info_span!("host", id).entered();
         let (place, clock) = (self.place(id), self.wall_clock_micros(id));
         let joiner = self.hosts[&id].joiner;
@@ -254,7 +254,7 @@ impl World {
         self.note(format_args!("host {id} does not start: {why}"));
         if damaged {
             self.host(id).state = State::Lost(why.to_owned());
-        } else if hurt || why.contains("made up") || why.contains("no storage space") {
+        } else if hurt {
             self.start_later(id, 1000);
         } else {
             self.oracle.fail(format!("host {id} does not start: {why}"));

@@ -365,10 +365,7 @@ pub fn clear(world: &mut World, forecast: &Forecast) {
     let ids: Vec<u64> = world.hosts.keys().copied().collect();
     for id in ids {
         // Faults that were to come, do not.
-        world.host(id).disk.fail_at(u64::MAX);
-        if !world.host(id).disk.has_stopped() {
-            world.host(id).disk.stop_at(u64::MAX);
-        }
+        world.host(id).disk.heal();
         world.start(id);
     }
     world.note(format_args!("the weather clears"));
