@@ -30,7 +30,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -43,6 +43,8 @@ use raftkv::wal::disk_memory::MemoryDisk;
 use raftkv::wal::{Options, Wal};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tracing::Dispatch;
+use tracing::subscriber::NoSubscriber;
 use tracing_subscriber::layer::SubscriberExt as _;
 
 use crate::host::{State, member};
@@ -84,6 +86,10 @@ pub fn tell_all() {
 fn tell(text: &str) -> (String, Result<(), String>) {
     raftkv::blocking::in_place();
     panics::keep();
+    // While only one subscriber exists, `tracing` asks the thread that first comes by a log line whether anybody wants it,
+    // for all threads: a simulation beside this one would say no.
+    static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::default()));
+    LazyLock::force(&ANOTHER);
     let narrator = Narrator::default();
     let subscriber = tracing_subscriber::registry().with(narrator.clone());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
