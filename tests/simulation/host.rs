@@ -264,7 +264,11 @@ impl World {
     /// Asks the members where this one belongs, until one knows.
     fn join(&mut self, id: u64) {
         let others: Vec<u64> = self.running().into_iter().filter(|other| *other != id).collect();
-        let asked = if others.is_empty() { None } else { Some(others[self.rng.usize(0..others.len())]) };
+        let asked = match others.first() {
+            Some(first) if self.scripted => Some(*first),
+            Some(_) => Some(others[self.rng.usize(0..others.len())]),
+            None => None,
+        };
         let (reply, answer) = oneshot::channel();
         let sent =
             asked.filter(|other| self.net.reaches(id, *other) && self.net.reaches(*other, id)).is_some_and(|other| {
@@ -306,12 +310,12 @@ impl World {
     /// Wires a process, as `server` does.
     fn run(&mut self, id: u64, place: &Place, data: Data, members: Vec<Member>) {
         let Data { identity, wal, recovered, snapshots, meta, state } = data;
-        let seed = self.rng.u64(..);
+        let life = self.hosts[&id].life + 1;
+        let seed = if self.scripted { id << 32 | life } else { self.rng.u64(..) };
         let limits = self.limits.clone();
         let host = self.hosts.get_mut(&id).expect("it starts");
-        host.life += 1;
+        host.life = life;
         host.damaged = false;
-        let life = host.life;
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(limits.peer_events_max);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -562,7 +566,7 @@ async fn write(world: Shared, id: u64, mut hand: Hand) {
         let delay = {
             let mut world = lock(&world);
             let longest = world.hosts[&id].sync_millis;
-            world.rng.u64(0..=longest)
+            if world.scripted { longest } else { world.rng.u64(0..=longest) }
         };
         if delay > 0 {
             sleep(Duration::from_millis(delay)).await;

@@ -227,7 +227,7 @@ impl World {
         let lost = self.is_lost(from, to) || self.net.lost_kinds.contains(&(kind as i32));
         let Some((to_life, _)) = open.filter(|_| !lost) else {
             // The transport notices some time, and reports once for all.
-            if self.chance(100) {
+            if self.scripted || self.chance(100) {
                 self.tell(from, life, Event::Unreachable { peer: to });
             }
             return;
@@ -278,7 +278,7 @@ impl World {
                 }
             }
         }
-        let pause = DIAL_MILLIS + self.rng.u64(0..DIAL_MILLIS);
+        let pause = DIAL_MILLIS + if self.scripted { 0 } else { self.rng.u64(0..DIAL_MILLIS) };
         self.after(pause, move |world| world.dial(id, life, peer));
     }
 

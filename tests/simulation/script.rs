@@ -17,7 +17,7 @@
 //! remove ID at ID               remove a member; ask the second one
 //! start|stop|kill|freeze|thaw|power-cut|wipe|flip ID
 //! tear ID                       cut the power in the middle of the next write of its disk: one sector of it is left
-//! slow-disk ID TIME             a write takes up to so long
+//! slow-disk ID TIME             a write takes so long
 //! full-disk ID BYTES|off        the disk takes no more than so many bytes beyond what it holds
 //! partition A B | C             nothing passes between the sides
 //! cut A -> B                    nothing passes from one to the other
@@ -30,7 +30,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -43,6 +43,8 @@ use raftkv::wal::disk_memory::MemoryDisk;
 use raftkv::wal::{Options, Wal};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tracing::Dispatch;
+use tracing::subscriber::NoSubscriber;
 use tracing_subscriber::layer::SubscriberExt as _;
 
 use crate::host::{State, member};
@@ -52,7 +54,7 @@ use crate::{clients, damage, panics, run, weather};
 
 /// Set to write the scripts anew.
 const RECORD: &str = "RAFTKV_RECORD_SCRIPTS";
-/// Of everything that a script leaves to chance: election time-outs above all.
+/// Of what a script leaves to chance: what is random on the disks.
 const SEED: u64 = 1;
 /// Longer than any answer takes.
 const PATIENCE_MILLIS: Millis = 30_000;
@@ -84,6 +86,10 @@ pub fn tell_all() {
 fn tell(text: &str) -> (String, Result<(), String>) {
     raftkv::blocking::in_place();
     panics::keep();
+    // While only one subscriber exists, `tracing` asks the thread that first comes by a log line whether anybody wants it,
+    // for all threads: a simulation beside this one would say no.
+    static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::default()));
+    LazyLock::force(&ANOTHER);
     let narrator = Narrator::default();
     let subscriber = tracing_subscriber::registry().with(narrator.clone());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
@@ -255,7 +261,7 @@ impl Script {
         let end = lock(&self.world).now() + 1000;
         run_until(&self.world, end).await;
         self.narrator.take();
-        let leader = lock(&self.world).leader_of(self.term).expect("it was waited for");
+        let leader = lock(&self.world).leader_of(self.term).ok_or("the leader is gone at once")?;
         self.narrator.answers(format!("node {leader} leads in term {}", self.term));
         Ok(())
     }
@@ -550,4 +556,21 @@ fn millis(word: &str) -> Result<Millis, String> {
         _ => return Err(format!("{word} is no time")),
     };
     Ok(number(count)? * unit.as_millis() as Millis)
+}
+
+#[test]
+fn a_script_that_is_wrong_is_told_apart() {
+    let (told, outcome) = tell("# Why.\n> cluster 1\nnode 1 leads in term 9\n> put 1 a one\n> agree\n");
+    assert_eq!(outcome, Ok(()));
+    let right =
+        "# Why.\n> cluster 1\nnode 1 leads in term 2\n> put 1 a one\ndone\n> agree\nmembers 1 agree, a is one\n";
+    assert_eq!(told, right);
+    let changed = difference("> a\none\n> b\nfour\n", "> a\ntwo\nthree\n> b\nfour\n");
+    assert_eq!(changed, "  > a\n- one\n+ two\n+ three\n  > b\n  four");
+
+    let refused = |script: &str| tell(script).1.expect_err(script);
+    assert!(refused("> cluster 1\n> put 1 a one\n").contains("the last command must be: agree"));
+    assert!(refused("> cluster 1\n> teleport 1\n> agree\n").contains("no such command"));
+    // Values tell who wrote them: the oracle finds the second of a kind.
+    assert!(refused("> cluster 1\n> put 1 a one\n> put 1 b one\n> agree\n").contains("applied at"));
 }

@@ -57,7 +57,8 @@ pub struct World {
     wakes_at: Millis,
     wake: Arc<Notify>,
     pub rng: Rng,
-    /// A script says who starts and what a power cut leaves; nothing of it is left to chance.
+    /// A script says who starts and what a power cut leaves. Little is left to chance, so that its story changes with
+    /// what the nodes do, and not with who drew which number.
     pub scripted: bool,
     pub limits: Limits,
     pub hosts: BTreeMap<u64, Host>,
