@@ -79,6 +79,19 @@ pub enum Change {
     Promote(u64),
 }
 
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Add(Member { id, urls }) => {
+                let urls: Vec<String> = urls.iter().map(ToString::to_string).collect();
+                write!(f, "add member {id} at {}", urls.join(" and "))
+            }
+            Change::Remove(id) => write!(f, "remove member {id}"),
+            Change::Promote(id) => write!(f, "let member {id} vote"),
+        }
+    }
+}
+
 pub type ChangeReply = oneshot::Sender<Result<(), ChangeFailure>>;
 
 /// Why a change of the membership has no answer, or a sad one.

@@ -225,7 +225,7 @@ impl<A: Send + 'static> Node<A> {
                 if self.core.propose_change(change).is_err() {
                     return Some(waiting);
                 }
-                info!(change = ?waiting.logged.change, "membership change proposed");
+                info!(change = %waiting.logged.change, "membership change proposed");
                 self.changes.in_flight = Some(request);
                 waiting.proposed = true;
                 waiting.asker.taken().map(|asker| Waiting { asker, ..waiting })

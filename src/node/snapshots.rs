@@ -26,8 +26,9 @@ const SMALL_BYTES: u64 = 1 << 20;
 /// Bytes of command kept for members that are up and far behind.
 const SLOW_BYTES_MAX: u64 = 256 << 20;
 
-/// Ticks between a failed transfer and the next, more with each failure.
+/// Ticks between a failed transfer and the next, more with each failure, up to so many.
 const FAILURE_TICKS: u64 = 5;
+const FAILURE_TICKS_MAX: u64 = 50;
 
 /// Transfers of one snapshot to one member that may fail before it is taken for damaged, and a new one is made.
 const FAILURES_MAX: u64 = 3;
@@ -116,10 +117,14 @@ impl<A: Send + 'static> Node<A> {
     pub(super) fn snapshot_if_due(&mut self, commits: &mut Vec<Commit<A>>) {
         let shots = &self.snapshotting;
         // While a received one is made durable, raft is ahead of what is published.
-        if self.core.is_restoring() || shots.taking || shots.not_before > self.now || self.published <= shots.last.0 {
+        if self.core.is_restoring() || shots.taking || shots.not_before > self.now {
             return;
         }
         let wanted = self.core.take_snapshot_wanted();
+        // Where nothing was written since the last, one that is wanted takes its place: that one arrived nowhere.
+        if self.published < shots.last.0 + u64::from(!wanted) {
+            return;
+        }
         let policy = &shots.policy;
         let new = self.published - shots.last.0;
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
@@ -172,7 +177,7 @@ impl<A: Send + 'static> Node<A> {
         }
         let (failures, report_at) = self.snapshotting.failed.entry(peer).or_default();
         *failures += 1;
-        *report_at = self.now + *failures * FAILURE_TICKS;
+        *report_at = self.now + (*failures * FAILURE_TICKS).min(FAILURE_TICKS_MAX);
         if *failures % FAILURES_MAX == 0 {
             self.core.forget_snapshot();
         }
@@ -247,7 +252,7 @@ impl<A: Send + 'static> Node<A> {
     /// What the snapshot covers may go, but for what slow followers may still need.
     fn forget_behind(&mut self, meta: &Meta, bytes: u64) {
         // A snapshot that came meanwhile is newer.
-        if self.core.is_restoring() || meta.index <= self.snapshotting.last.0 {
+        if self.core.is_restoring() || meta.index < self.snapshotting.last.0 {
             return;
         }
         let policy = &self.snapshotting.policy;

@@ -12,7 +12,7 @@ pub enum Error {
     Locked(PathBuf),
     #[error(
         "{} is damaged at byte {offset}: {why}; restore the file from a backup, or, if this is a member of a cluster \
-         that has a quorum without it, remove the member and add it anew with an empty data directory",
+         that has a quorum without it, remove the member and add the machine under a new ID",
         file.display()
     )]
     Corrupt { file: PathBuf, offset: u64, why: String },
@@ -20,7 +20,7 @@ pub enum Error {
     Newer { file: PathBuf, version: u32 },
     #[error(
         "{} is missing, yet {} holds a log; restore the file from a backup, or, if this is a member of a cluster that \
-         has a quorum without it, remove the member and add it anew with an empty data directory",
+         has a quorum without it, remove the member and add the machine under a new ID",
         identity.display(),
         log.display()
     )]
@@ -34,7 +34,7 @@ pub enum Error {
     #[error(
         "{} holds no snapshot that this log, which begins behind entry {index}, can go on from; restore that directory \
          from a backup, or, if this is a member of a cluster that has a quorum without it, remove the member and add it \
-         anew with an empty data directory",
+         under a new ID",
         dir.display()
     )]
     SnapshotMissing { dir: PathBuf, index: u64 },

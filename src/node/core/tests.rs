@@ -335,7 +335,7 @@ impl World {
 fn that_a_change_of_the_members_is_committed_is_durable_at_once() {
     let mut core = Disk::default().start(1, &[1]);
     core.campaign();
-    let mut persist = |core: &mut Core| {
+    let persist = |core: &mut Core| {
         let turn = core.turn();
         turn.writes.iter().for_each(|write| core.persisted(write.number));
         turn
