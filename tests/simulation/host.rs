@@ -391,7 +391,8 @@ impl World {
         self.spawn(id, async move {
             if let Err(stopped) = store.run(commits_out).await {
                 let mut world = lock(&store_world);
-                let hurt = world.hosts[&id].disk_hurt;
+                let host = &world.hosts[&id];
+                let hurt = host.disk_hurt || host.disk.has_stopped();
                 if !hurt {
                     world.oracle.fail(format!("the store of host {id} stopped: {stopped}"));
                 }
@@ -418,7 +419,8 @@ impl World {
 
     /// A node ended by itself.
     fn ended(&mut self, id: u64, life: u64, outcome: Result<(), node::Stopped>) {
-        if self.process(id, life).is_none() {
+        // Whose power is out has no last words.
+        if self.process(id, life).is_none() || self.hosts[&id].disk.has_stopped() {
             return;
         }
         let (removed, text) = match &outcome {

@@ -126,11 +126,12 @@ pub async fn calm(world: &Shared, keys: u64) {
 
 async fn settle(world: Shared, keys: u64) -> Result<(), String> {
     let expected: Vec<u64> = weather::expected(&lock(&world)).into_iter().collect();
+    let down: Vec<u64> = expected.iter().copied().filter(|id| lock(&world).hosts[id].process.is_none()).collect();
+    down.iter().for_each(|id| lock(&world).start(*id));
+    if !down.is_empty() {
+        return Err(format!("hosts {down:?} are down"));
+    }
     for id in &expected {
-        if lock(&world).hosts[id].process.is_none() {
-            lock(&world).start(*id);
-            return Err(format!("host {id} is down"));
-        }
         let value = format!("last.{id}.{}", lock(&world).now());
         write(&world, 1_000_000 + id, *id, b"key0".to_vec(), value.into())
             .await
