@@ -37,6 +37,7 @@ pub struct Oracle {
     /// Changes of the membership that left a leader, by index and term.
     changes: HashMap<(u64, u64), ConfChangeV2>,
     voters: BTreeSet<u64>,
+    removed: BTreeSet<u64>,
 }
 
 #[derive(PartialEq)]
@@ -224,10 +225,17 @@ impl Oracle {
                 self.apply(index, request, command);
             }
             for single in self.changes.get(&(index, entry_term)).into_iter().flat_map(|change| &change.changes) {
+                let id = single.node_id;
                 match single.get_change_type() {
-                    ConfChangeType::AddNode => self.voters.insert(single.node_id),
-                    ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&single.node_id),
+                    ConfChangeType::AddNode => self.voters.insert(id),
+                    ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&id),
                 };
+                if single.get_change_type() == ConfChangeType::RemoveNode {
+                    self.removed.insert(id);
+                } else if self.removed.contains(&id) {
+                    // Its votes are forgotten with its data, and old messages still name it.
+                    self.failure.get_or_insert(format!("entry {index} adds member {id}, which was removed"));
+                }
             }
             let revision = self.reference.revision();
             self.committed.push(Committed { term: entry_term, known_in: term.max(entry_term), hash, revision });

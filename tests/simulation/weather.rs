@@ -303,6 +303,13 @@ fn members(world: &World) -> Vec<u64> {
 }
 
 fn add(world: &mut World) {
+    let removed: Vec<u64> =
+        world.hosts.values().filter(|host| host.state == State::Removed).map(|host| host.id).collect();
+    if !removed.is_empty() && world.rng.u32(0..3) == 0 {
+        // An operator's mistake, to be refused.
+        let id = pick(&mut world.rng, &removed);
+        return reconfigure(world, Change::Add(member(id)), id);
+    }
     if members(world).len() >= MEMBERS_MAX {
         return;
     }
