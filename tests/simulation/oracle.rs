@@ -37,6 +37,8 @@ pub struct Oracle {
     /// Changes of the membership that left a leader, by index and term.
     changes: HashMap<(u64, u64), ConfChangeV2>,
     voters: BTreeSet<u64>,
+    /// Index of the entry that made them so.
+    voters_since: u64,
     removed: BTreeSet<u64>,
 }
 
@@ -108,6 +110,11 @@ impl Oracle {
     /// Who votes, as of the last entry known to be committed.
     pub fn voters(&self) -> &BTreeSet<u64> {
         &self.voters
+    }
+
+    /// Whether this host knows who votes. One that does not may need the vote of somebody who is gone, to learn it.
+    pub fn knows_voters(&self, host: u64) -> bool {
+        self.next.get(&host).is_some_and(|next| *next > self.voters_since)
     }
 
     /// Entries known to be committed.
@@ -226,6 +233,7 @@ impl Oracle {
             }
             for single in self.changes.get(&(index, entry_term)).into_iter().flat_map(|change| &change.changes) {
                 let id = single.node_id;
+                self.voters_since = index;
                 match single.get_change_type() {
                     ConfChangeType::AddNode => self.voters.insert(id),
                     ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&id),

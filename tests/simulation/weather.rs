@@ -242,7 +242,8 @@ fn can_lose_one(world: &World) -> bool {
     let voters = world.oracle.voters();
     let well = |id: &&u64| {
         let host = &world.hosts[*id];
-        host.state == State::Well && !host.wiped && !host.damaged && !world.leaving.contains_key(id)
+        let is_whole = host.state == State::Well && !host.wiped && !host.damaged;
+        is_whole && !world.leaving.contains_key(id) && world.oracle.knows_voters(**id)
     };
     voters.iter().filter(well).count() > voters.len() / 2 + 1
 }
