@@ -185,6 +185,18 @@ impl Oracle {
         }
     }
 
+    /// What a process finds in its log when it starts, behind an entry of the term `before`: log matching holds for that.
+    pub fn recovered(&mut self, host: u64, mut before: u64, entries: &[Entry]) {
+        for entry in entries {
+            let found = Sent { hash: hash(&entry.context, &entry.data), before: Some(before) };
+            let differs = self.entries.get(&(entry.index, entry.term)).is_some_and(|sent| *sent != found);
+            self.expect(!differs, || {
+                format!("host {host} finds another entry {} of term {}, behind term {before}", entry.index, entry.term)
+            });
+            before = entry.term;
+        }
+    }
+
     /// Leader completeness: who leads in a later term than one in which an entry was known to be committed has it. A
     /// late election of an old term is legal, so the terms of commits are compared, and not the times.
     fn in_line(&mut self, leader: u64, term: u64, index: u64, entry_term: u64) {
