@@ -9,7 +9,11 @@ use fastrand::Rng;
 use raftkv::metrics::Metrics;
 use raftkv::wal::disk::Disk;
 use raftkv::wal::disk_memory::MemoryDisk;
+use raftkv::wal::record::{frame_seed, read_frame};
 use raftkv::wal::{Options, Recovered, Wal};
+
+/// Where the first frame of a segment begins.
+const FIRST_FRAME: usize = 4096;
 
 /// Flips one bit, where that is fair. Says where.
 pub fn flip(disk: &MemoryDisk, segment_bytes: u64, rng: &mut Rng) -> Result<Option<String>, String> {
@@ -23,7 +27,8 @@ pub fn flip(disk: &MemoryDisk, segment_bytes: u64, rng: &mut Rng) -> Result<Opti
     if let Ok((_, after)) = recover(damaged)
         && !same(&before, &after)
     {
-        return if cut_short(&before, &after) {
+        let last_frame = last_frame(disk).is_some_and(|(file, start)| path == file && start <= bit / 8);
+        return if last_frame && cut_short(&before, &after) {
             Ok(None)
         } else {
             Err(format!("{place} is flipped: {before:?} is recovered as {after:?}"))
@@ -53,6 +58,22 @@ fn choose(disk: &MemoryDisk, rng: &mut Rng) -> Option<(PathBuf, u64)> {
 fn same(before: &Recovered, after: &Recovered) -> bool {
     (&before.hard_state, &before.entries, &before.nonces, before.compacted)
         == (&after.hard_state, &after.entries, &after.nonces, after.compacted)
+}
+
+/// The file and the offset of the last frame of the log, found by its byte map: what lies before must not be cut.
+fn last_frame(disk: &MemoryDisk) -> Option<(PathBuf, u64)> {
+    let mut names = disk.list(Path::new("/data/wal")).ok()?;
+    names.retain(|name| name.ends_with(".wal"));
+    let path = Path::new("/data/wal").join(names.into_iter().max()?);
+    let bytes = disk.content(&path)?;
+    let number = |at: usize| bytes[at..at + 8].try_into().map(u64::from_le_bytes).expect("eight bytes");
+    let seed = frame_seed(number(16), number(24));
+    let (mut last, mut next) = (None, FIRST_FRAME);
+    while let Some(frame) = bytes.get(next..).and_then(|rest| read_frame(rest, seed)) {
+        last = Some(next as u64);
+        next += frame.size_bytes();
+    }
+    last.map(|start| (path, start))
 }
 
 /// Whether `after` may be what the log held before its last frame.

@@ -20,7 +20,7 @@ use raftkv::store::{Answer, Store, View};
 use raftkv::transport::{self, Event};
 use raftkv::wal::disk_memory::MemoryDisk;
 use raftkv::wal::snapshot::Snapshots;
-use raftkv::wal::writer::{Hand, Writer};
+use raftkv::wal::writer::{self, Hand, Writer};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -324,7 +324,8 @@ impl World {
         let (leadership_in, leadership) = watch::channel(Leadership::default());
         let gate = Arc::new(Gate { frozen: AtomicBool::new(false), thaw: Notify::new(), disk: host.disk.clone() });
         let stop = CancellationToken::new();
-        let (writer, hand) = Writer::by_hand(wal, move |event| drop(wal_events_in.send(event)));
+        let (done_in, done) = mpsc::unbounded_channel();
+        let (writer, hand) = Writer::by_hand(wal, move |event| drop(done_in.send(event)));
         let store = Store::new(state, place.metrics.clone());
         let view = store.view();
         let settings = node::Settings {
@@ -348,6 +349,7 @@ impl World {
             },
         };
         let boot = recovered.boot;
+        self.oracle.recovered(id, recovered.compacted.unwrap_or(node::FOUNDING).1, &recovered.entries);
         let (world, shared) = (self.shared(), self.shared());
         let ends = Ends {
             proposals,
@@ -387,7 +389,7 @@ impl World {
         let (tap_world, disk_world, store_world) = (self.shared(), self.shared(), self.shared());
         self.spawn(id, ended);
         self.spawn(id, tap(tap_world, id, life, tapped, commits_in, view));
-        self.spawn(id, write(disk_world, id, hand));
+        self.spawn(id, write(disk_world, id, hand, done, wal_events_in));
         self.spawn(id, async move {
             if let Err(stopped) = store.run(commits_out).await {
                 let mut world = lock(&store_world);
@@ -556,8 +558,14 @@ async fn tap(
     }
 }
 
-/// The log's threads, at the pace of the disk.
-async fn write(world: Shared, id: u64, mut hand: Hand) {
+/// The log's threads, at the pace of the disk: what is done is told some time later, and more queues up meanwhile.
+async fn write(
+    world: Shared,
+    id: u64,
+    mut hand: Hand,
+    mut done: mpsc::UnboundedReceiver<writer::Event>,
+    told: mpsc::UnboundedSender<writer::Event>,
+) {
     let mut retry_at = Instant::now() + SPARE_RETRY;
     loop {
         tokio::select! {
@@ -565,21 +573,35 @@ async fn write(world: Shared, id: u64, mut hand: Hand) {
             () = hand.work() => {}
             () = sleep_until(retry_at) => {}
         }
-        let delay = {
-            let mut world = lock(&world);
-            let longest = world.hosts[&id].sync_millis;
-            if world.scripted { longest } else { world.rng.u64(0..=longest) }
-        };
-        if delay > 0 {
-            sleep(Duration::from_millis(delay)).await;
-        }
-        if !hand.turn() {
-            return;
-        }
         let again = Instant::now() >= retry_at;
         if again {
             retry_at = Instant::now() + SPARE_RETRY;
         }
-        hand.prepare_spare(again);
+        let (before, behind) = {
+            let mut world = lock(&world);
+            let longest = world.hosts[&id].sync_millis;
+            let whole = if world.scripted { longest } else { world.rng.u64(0..=longest) };
+            let before = if world.scripted { whole } else { world.rng.u64(0..=whole) };
+            (before, whole - before)
+        };
+        pause(before).await;
+        let goes_on = hand.turn();
+        if goes_on {
+            hand.prepare_spare(again);
+            pause(behind).await;
+        }
+        while let Ok(event) = done.try_recv() {
+            // The node may have ended.
+            told.send(event).ok();
+        }
+        if !goes_on {
+            return;
+        }
+    }
+}
+
+async fn pause(millis: Millis) {
+    if millis > 0 {
+        sleep(Duration::from_millis(millis)).await;
     }
 }

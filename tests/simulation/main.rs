@@ -81,6 +81,6 @@ fn simulate() {
     let first = number("SIMULATE_FIRST").unwrap_or(0);
     let seeds = number("SIMULATE_SEEDS").unwrap_or(u64::MAX);
     let minutes = number("SIMULATE_MINUTES").map(|minutes| Duration::from_secs(60 * minutes));
-    let threads = number("SIMULATE_THREADS").unwrap_or(1);
-    run::many(first, seeds, minutes.map(|minutes| Instant::now() + minutes), threads, length);
+    let (threads, failures_max) = (number("SIMULATE_THREADS").unwrap_or(1), number("SIMULATE_FAILURES").unwrap_or(10));
+    run::many(first, seeds, failures_max, minutes.map(|minutes| Instant::now() + minutes), threads, length);
 }

@@ -37,8 +37,9 @@ pub struct Oracle {
     /// Changes of the membership that left a leader, by index and term.
     changes: HashMap<(u64, u64), ConfChangeV2>,
     voters: BTreeSet<u64>,
-    /// Index of the last change that is known to be committed.
-    changed: u64,
+    /// Index of the entry that made them so.
+    voters_since: u64,
+    removed: BTreeSet<u64>,
 }
 
 #[derive(PartialEq)]
@@ -111,9 +112,9 @@ impl Oracle {
         &self.voters
     }
 
-    /// Whether a host has published the last change of the membership.
-    pub fn knows_members(&self, host: u64) -> bool {
-        self.next.get(&host).is_some_and(|next| *next > self.changed)
+    /// Whether this host knows who votes. One that does not may need the vote of somebody who is gone, to learn it.
+    pub fn knows_voters(&self, host: u64) -> bool {
+        self.next.get(&host).is_some_and(|next| *next > self.voters_since)
     }
 
     /// Entries known to be committed.
@@ -184,6 +185,18 @@ impl Oracle {
         }
     }
 
+    /// What a process finds in its log when it starts, behind an entry of the term `before`: log matching holds for that.
+    pub fn recovered(&mut self, host: u64, mut before: u64, entries: &[Entry]) {
+        for entry in entries {
+            let found = Sent { hash: hash(&entry.context, &entry.data), before: Some(before) };
+            let differs = self.entries.get(&(entry.index, entry.term)).is_some_and(|sent| *sent != found);
+            self.expect(!differs, || {
+                format!("host {host} finds another entry {} of term {}, behind term {before}", entry.index, entry.term)
+            });
+            before = entry.term;
+        }
+    }
+
     /// Leader completeness: who leads in a later term than one in which an entry was known to be committed has it. A
     /// late election of an old term is legal, so the terms of commits are compared, and not the times.
     fn in_line(&mut self, leader: u64, term: u64, index: u64, entry_term: u64) {
@@ -230,14 +243,19 @@ impl Oracle {
             if let Some((request, command)) = what {
                 self.apply(index, request, command);
             }
-            if self.changes.contains_key(&(index, entry_term)) {
-                self.changed = index;
-            }
             for single in self.changes.get(&(index, entry_term)).into_iter().flat_map(|change| &change.changes) {
+                let id = single.node_id;
+                self.voters_since = index;
                 match single.get_change_type() {
-                    ConfChangeType::AddNode => self.voters.insert(single.node_id),
-                    ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&single.node_id),
+                    ConfChangeType::AddNode => self.voters.insert(id),
+                    ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&id),
                 };
+                if single.get_change_type() == ConfChangeType::RemoveNode {
+                    self.removed.insert(id);
+                } else if self.removed.contains(&id) {
+                    // Its votes are forgotten with its data, and old messages still name it.
+                    self.failure.get_or_insert(format!("entry {index} adds member {id}, which was removed"));
+                }
             }
             let revision = self.reference.revision();
             self.committed.push(Committed { term: entry_term, known_in: term.max(entry_term), hash, revision });

@@ -183,8 +183,9 @@ fn verdict(world: &Shared) -> Outcome {
     outcome
 }
 
-/// Runs seed after seed on so many threads, and tells how it goes. Panics with the first failure.
-pub fn many(first: u64, seeds: u64, deadline: Option<Instant>, threads: u64, length: Length) {
+/// Runs seed after seed on so many threads, until so many have failed, and tells how it goes. Panics with the first
+/// failure.
+pub fn many(first: u64, seeds: u64, failures_max: u64, deadline: Option<Instant>, threads: u64, length: Length) {
     let (next, done, simulated, operations) =
         (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let began = Instant::now();
@@ -195,7 +196,8 @@ pub fn many(first: u64, seeds: u64, deadline: Option<Instant>, threads: u64, len
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-                    if late || seed - first >= seeds || failures.lock().expect("no panic").len() >= 10 {
+                    let failed = failures.lock().expect("no panic").len() as u64;
+                    if late || seed - first >= seeds || failed >= failures_max {
                         return;
                     }
                     let outcome = run(seed, length, false);

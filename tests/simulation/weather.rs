@@ -244,7 +244,7 @@ fn can_lose_one(world: &World) -> bool {
     let well = |id: &&u64| {
         let host = &world.hosts[*id];
         host.process.is_some()
-            && world.oracle.knows_members(**id)
+            && world.oracle.knows_voters(**id)
             && !host.wiped
             && !host.damaged
             && !world.leaving.contains_key(id)
@@ -308,6 +308,13 @@ fn members(world: &World) -> Vec<u64> {
 }
 
 fn add(world: &mut World) {
+    let removed: Vec<u64> =
+        world.hosts.values().filter(|host| host.state == State::Removed).map(|host| host.id).collect();
+    if !removed.is_empty() && world.rng.u32(0..3) == 0 {
+        // An operator's mistake, to be refused.
+        let id = pick(&mut world.rng, &removed);
+        return reconfigure(world, Change::Add(member(id)), id);
+    }
     if members(world).len() >= MEMBERS_MAX {
         return;
     }
