@@ -115,7 +115,8 @@ async fn join(config: &Config, urls: &[PeerUrl]) -> Result<Introduction, Error> 
 /// another cluster, and to serve this one in its place would answer for data that is not there.
 fn check_cluster(config: &Config, members: &[Member], founders: &[Member]) -> Result<(), Error> {
     // A newcomer that was killed before it had the log knows only the founders, who may all be gone.
-    if !members.iter().any(|member| member.id == config.id) {
+    let knows_itself = |known: &[Member]| known.iter().any(|member| member.id == config.id);
+    if !knows_itself(members) && !knows_itself(founders) {
         return Ok(());
     }
     let known = |url: &PeerUrl| members.iter().chain(founders).any(|member| member.urls.contains(url));

@@ -102,10 +102,15 @@ impl MemoryDisk {
         self.shared().stop_at = Some(operation);
     }
 
-    /// Whether an operation is yet to fail, or room is short.
-    pub fn is_faulty(&self) -> bool {
+    /// Whether an operation is yet to fail.
+    pub fn is_to_fail(&self) -> bool {
         let shared = self.shared();
-        shared.capacity_bytes.is_some() || shared.fail_at.is_some_and(|fail| shared.operations <= fail)
+        shared.fail_at.is_some_and(|fail| shared.operations <= fail)
+    }
+
+    /// Whether there is a limit to its room.
+    pub fn is_short(&self) -> bool {
+        self.shared().capacity_bytes.is_some()
     }
 
     /// Whether the power is out since [`MemoryDisk::stop_at`].

@@ -107,7 +107,8 @@ pub async fn write(world: &Shared, client: u64, host: u64, key: Vec<u8>, value: 
     let answer = timeout(asked.patience, asked.service.put(&key, &value)).await;
     let mut world = lock(world);
     world.open.remove(&client);
-    asked.judge(&mut world, answer.is_ok(), false);
+    let gone = matches!(answer, Ok(Err(Error::NotApplied(Rejection::Stopping))));
+    asked.judge(&mut world, answer.is_ok(), gone);
     let at = world.instant();
     let answer = answer.unwrap_or(Err(Error::Unknown));
     let outcome = match &answer {

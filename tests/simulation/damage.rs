@@ -2,6 +2,7 @@
 //! there, or refuses, or has lost the last frame, which cannot be told from a write that was torn. The last is not
 //! done to the host, for no member could know.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,15 +16,26 @@ use raftkv::wal::{Options, Recovered, Wal};
 /// Where the first frame of a segment begins.
 const FIRST_FRAME: usize = 4096;
 
-/// Flips one bit, where that is fair. Says where.
-pub fn flip(disk: &MemoryDisk, segment_bytes: u64, rng: &mut Rng) -> Result<Option<String>, String> {
+/// A bit that was flipped.
+pub struct Flip {
+    pub file: PathBuf,
+    bit: u64,
+}
+
+impl fmt::Display for Flip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bit {} of {}", self.bit, self.file.display())
+    }
+}
+
+/// Flips one bit, where that is fair. Says which.
+pub fn flip(disk: &MemoryDisk, segment_bytes: u64, rng: &mut Rng) -> Result<Option<Flip>, String> {
     let Some((path, bit)) = choose(disk, rng) else { return Ok(None) };
     let options = Options { dir: "/data/wal".into(), segment_bytes };
     let recover = |disk: MemoryDisk| Wal::open(Arc::new(disk), &options, 1, Arc::new(Metrics::new()));
     let Ok((_, before)) = recover(disk.fork()) else { return Ok(None) };
     let damaged = disk.fork();
     damaged.flip(&path, bit);
-    let place = format!("bit {bit} of {}", path.display());
     if let Ok((_, after)) = recover(damaged)
         && !same(&before, &after)
     {
@@ -31,11 +43,11 @@ pub fn flip(disk: &MemoryDisk, segment_bytes: u64, rng: &mut Rng) -> Result<Opti
         return if last_frame && cut_short(&before, &after) {
             Ok(None)
         } else {
-            Err(format!("{place} is flipped: {before:?} is recovered as {after:?}"))
+            Err(format!("{} is flipped: {before:?} is recovered as {after:?}", Flip { file: path, bit }))
         };
     }
     disk.flip(&path, bit);
-    Ok(Some(place))
+    Ok(Some(Flip { file: path, bit }))
 }
 
 /// A bit of a file of the log, or of a snapshot; more often near the start of the file, where there is something.

@@ -3,6 +3,7 @@
 //! start again.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,8 +69,10 @@ pub struct Host {
     pub clock_micros: i64,
     /// Its disk was made to fail or to fill up in this life: it may stop.
     pub disk_hurt: bool,
-    /// Bits of its files were flipped: the next start may be refused.
-    pub damaged: bool,
+    /// Its room was short in this life. That stops no node, unless the reserve is used up.
+    pub disk_filled: bool,
+    /// The file in which a bit was flipped: the next start may be refused, naming it.
+    pub damaged: Option<PathBuf>,
     /// Its directory was emptied: the others must not deal with it any more.
     pub wiped: bool,
     /// The next power cut leaves the first sector of what was not synced, and no more: for a script.
@@ -180,7 +183,8 @@ impl World {
             sync_millis: 1,
             clock_micros: 0,
             disk_hurt: false,
-            damaged: false,
+            disk_filled: false,
+            damaged: None,
             wiped: false,
             tears: false,
         };
@@ -222,7 +226,7 @@ impl World {
         if host.process.is_some() || host.joining || host.state != State::Well {
             return;
         }
-        host.disk_hurt = host.disk.is_faulty();
+        (host.disk_hurt, host.disk_filled) = (host.disk.is_to_fail(), host.disk.is_short());
         let _host = tracing::info_span!("host", id).entered();
         let (place, clock) = (self.place(id), self.wall_clock_micros(id));
         let joiner = self.hosts[&id].joiner;
@@ -250,9 +254,9 @@ impl World {
         if host.disk.has_stopped() {
             return self.power_is_out(id);
         }
-        let (hurt, damaged) = (host.disk_hurt, host.damaged);
+        let (hurt, damaged) = (host.disk_hurt || host.disk_filled, host.damaged.clone());
         self.note(format_args!("host {id} does not start: {why}"));
-        if damaged {
+        if damaged.is_some_and(|file| why.contains(&*file.to_string_lossy())) {
             self.host(id).state = State::Lost(why.to_owned());
         } else if hurt {
             self.start_later(id, 1000);
@@ -289,7 +293,12 @@ impl World {
                     let introduction: Introduction = serde_json::from_slice(&body).expect("an introduction");
                     world.found_joiner(id, introduction);
                 }
-                Ok(transport::Introduction::Removed) => world.host(id).state = State::Removed,
+                Ok(transport::Introduction::Removed) => {
+                    world.host(id).state = State::Removed;
+                    if !world.leaving.contains_key(&id) {
+                        world.oracle.fail(format!("host {id} hears that it was removed, and nobody asked for that"));
+                    }
+                }
                 Ok(transport::Introduction::NotAMember(_)) | Err(_) => {
                     world.after(ASK_AGAIN_MILLIS, move |world| world.start(id));
                 }
@@ -315,7 +324,7 @@ impl World {
         let limits = self.limits.clone();
         let host = self.hosts.get_mut(&id).expect("it starts");
         host.life = life;
-        host.damaged = false;
+        host.damaged = None;
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(limits.peer_events_max);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -440,7 +449,7 @@ impl World {
                 host.state = State::Removed;
                 self.leaving.contains_key(&id)
             }
-            Err(node::Stopped::Wal(_)) => host.disk_hurt,
+            Err(node::Stopped::Wal(error)) => host.disk_hurt || (host.disk_filled && error.is_disk_full()),
             Err(node::Stopped::OtherDirectory { .. }) => {
                 host.state = State::Lost(text.clone());
                 host.wiped

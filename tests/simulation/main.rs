@@ -17,7 +17,7 @@ mod world;
 
 use std::time::{Duration, Instant};
 
-use run::{Length, run};
+use run::{Batch, Length, run};
 
 /// Long enough for a few faults.
 const SHORT: Length = Length { weather_millis: 20_000 };
@@ -78,9 +78,14 @@ fn simulate() {
         assert!(outcome.failure.is_none(), "{}", outcome.report(seed, length));
         return;
     }
-    let first = number("SIMULATE_FIRST").unwrap_or(0);
-    let seeds = number("SIMULATE_SEEDS").unwrap_or(u64::MAX);
     let minutes = number("SIMULATE_MINUTES").map(|minutes| Duration::from_secs(60 * minutes));
-    let (threads, failures_max) = (number("SIMULATE_THREADS").unwrap_or(1), number("SIMULATE_FAILURES").unwrap_or(10));
-    run::many(first, seeds, failures_max, minutes.map(|minutes| Instant::now() + minutes), threads, length);
+    run::many(&Batch {
+        first: number("SIMULATE_FIRST").unwrap_or(0),
+        seeds: number("SIMULATE_SEEDS").unwrap_or(u64::MAX),
+        deadline: minutes.map(|minutes| Instant::now() + minutes),
+        at_least: number("SIMULATE_AT_LEAST").unwrap_or(0),
+        failures_max: number("SIMULATE_FAILURES").unwrap_or(10),
+        threads: number("SIMULATE_THREADS").unwrap_or(1),
+        length,
+    });
 }

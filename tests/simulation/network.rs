@@ -121,14 +121,14 @@ impl Peers for Wire {
 
     fn propose(&self, leader: u64, proposals: Vec<(RequestId, Bytes)>) -> Answer<Vec<Result<Position, Rejection>>> {
         let (id, (reply, answer)) = (self.id, oneshot::channel());
-        let question = move |reply| Event::Propose { from: id, proposals, reply };
+        let question = move |reply| Event::Propose { from: id, proposals: proposals.clone(), reply };
         self.with(|world| world.forward(id, self.life, leader, question, reply));
         Box::pin(async move { answer.await.unwrap_or(Err(unanswered())) })
     }
 
     fn reconfigure(&self, leader: u64, body: Bytes) -> Answer<Bytes> {
         let (id, (reply, answer)) = (self.id, oneshot::channel());
-        let question = move |reply| Event::Reconfigure { from: id, body, reply };
+        let question = move |reply| Event::Reconfigure { from: id, body: body.clone(), reply };
         self.with(|world| world.forward(id, self.life, leader, question, reply));
         Box::pin(async move { answer.await.unwrap_or(Err(unanswered())) })
     }
@@ -368,7 +368,7 @@ impl World {
         id: u64,
         life: u64,
         leader: u64,
-        question: impl FnOnce(oneshot::Sender<T>) -> Event + Send + 'static,
+        question: impl Fn(oneshot::Sender<T>) -> Event + Send + 'static,
         reply: oneshot::Sender<Result<T, ProposeError>>,
     ) {
         let Some(leader_life) = self.stream(leader, id).map(|(_, speaker)| speaker) else {
@@ -386,6 +386,14 @@ impl World {
             world.mark(&[2, id, leader, now]);
             if world.process(id, life).is_none() || !world.tell(leader, leader_life, question(answer_in)) {
                 return world.after(ANSWER_MILLIS, move |_| drop(reply));
+            }
+            let duplicates = world.net.duplicates;
+            if world.chance(duplicates) {
+                let delay = world.delay();
+                // Nobody waits for what the copy is answered.
+                world.after(delay, move |world| {
+                    world.tell(leader, leader_life, question(oneshot::channel().0));
+                });
             }
             let shared = world.shared();
             tokio::spawn(async move {

@@ -40,6 +40,12 @@ pub struct Oracle {
     /// Index of the entry that made them so.
     voters_since: u64,
     removed: BTreeSet<u64>,
+    members: BTreeSet<u64>,
+    /// Indices of the changes that took effect.
+    changed: BTreeSet<u64>,
+    /// IDs whose addition, or removal, was surely refused.
+    refused: BTreeSet<u64>,
+    stays: BTreeSet<u64>,
 }
 
 #[derive(PartialEq)]
@@ -105,6 +111,7 @@ impl Oracle {
     /// A cluster begins.
     pub fn founded(&mut self, voters: impl Iterator<Item = u64>) {
         self.voters = voters.collect();
+        self.members = self.voters.clone();
     }
 
     /// Who votes, as of the last entry known to be committed.
@@ -178,6 +185,8 @@ impl Oracle {
             let read = change.merge_from_bytes(&entry.data);
             self.expect(read.is_ok(), || format!("node {from} sends a change that cannot be read: {read:?}"));
             self.changes.insert((entry.index, entry.term), change);
+            // Who votes alone commits it before anybody hears of it.
+            self.change(entry.index, entry.term);
         }
         let first = self.entries.entry((entry.index, entry.term)).or_insert(Sent { hash, before: Some(before) });
         if *first != sent {
@@ -243,22 +252,9 @@ impl Oracle {
             if let Some((request, command)) = what {
                 self.apply(index, request, command);
             }
-            for single in self.changes.get(&(index, entry_term)).into_iter().flat_map(|change| &change.changes) {
-                let id = single.node_id;
-                self.voters_since = index;
-                match single.get_change_type() {
-                    ConfChangeType::AddNode => self.voters.insert(id),
-                    ConfChangeType::RemoveNode | ConfChangeType::AddLearnerNode => self.voters.remove(&id),
-                };
-                if single.get_change_type() == ConfChangeType::RemoveNode {
-                    self.removed.insert(id);
-                } else if self.removed.contains(&id) {
-                    // Its votes are forgotten with its data, and old messages still name it.
-                    self.failure.get_or_insert(format!("entry {index} adds member {id}, which was removed"));
-                }
-            }
             let revision = self.reference.revision();
             self.committed.push(Committed { term: entry_term, known_in: term.max(entry_term), hash, revision });
+            self.change(index, entry_term);
             return;
         }
         let same = {
@@ -268,6 +264,65 @@ impl Oracle {
             (known.term, known.hash) == (entry_term, hash)
         };
         self.expect(same, || format!("host {host} has another entry {index} committed, of term {entry_term}"));
+    }
+
+    /// A change of the members that has left a leader and is committed takes effect, once.
+    fn change(&mut self, index: u64, term: u64) {
+        let committed = self.at(index).is_some_and(|committed| committed.term == term);
+        let Some(change) = self.changes.get(&(index, term)).cloned() else { return };
+        if !committed || !self.changed.insert(index) {
+            return;
+        }
+        for single in &change.changes {
+            let (id, kind) = (single.node_id, single.get_change_type());
+            self.voters_since = index;
+            if kind == ConfChangeType::RemoveNode {
+                self.voters.remove(&id);
+                self.members.remove(&id);
+                self.removed.insert(id);
+                let stays = self.stays.contains(&id);
+                self.expect(!stays, || {
+                    format!("entry {index} removes member {id}, and who asked was told that it stays")
+                });
+                continue;
+            }
+            // Its votes are forgotten with its data, and old messages still name it.
+            let (removed, refused) = (self.removed.contains(&id), self.refused.contains(&id));
+            self.expect(!removed, || format!("entry {index} adds member {id}, which was removed"));
+            self.expect(!refused, || {
+                format!("entry {index} adds member {id}, and who asked was told that it does not")
+            });
+            self.members.insert(id);
+            if kind == ConfChangeType::AddNode {
+                self.voters.insert(id);
+            } else {
+                self.voters.remove(&id);
+            }
+        }
+    }
+
+    /// Members, those that learn included, as of the last entry known to be committed.
+    pub fn members(&self) -> &BTreeSet<u64> {
+        &self.members
+    }
+
+    /// Somebody was told that a member is surely not added. Its ID is asked for only once.
+    pub fn not_added(&mut self, id: u64) {
+        let was_added = self.members.contains(&id) || self.removed.contains(&id);
+        self.expect(!was_added, || format!("member {id} was added, and who asked was told that it is not"));
+        self.refused.insert(id);
+    }
+
+    /// Somebody was told that a member surely stays, and nobody else asked for its removal.
+    pub fn not_removed(&mut self, id: u64) {
+        let was_removed = self.removed.contains(&id);
+        self.expect(!was_removed, || format!("member {id} was removed, and who asked was told that it stays"));
+        self.stays.insert(id);
+    }
+
+    /// Its removal is asked for.
+    pub fn may_leave(&mut self, id: u64) {
+        self.stays.remove(&id);
     }
 
     /// Index of the last entry known to be committed.

@@ -1,6 +1,7 @@
 //! One seed from its beginning to its verdict, and many of them.
 
 use std::fmt::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -60,17 +61,25 @@ pub fn run(seed: u64, length: Length, tell: bool) -> Outcome {
     raftkv::blocking::in_place();
     panics::keep();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-    let outcome = runtime.expect("a runtime").block_on(one(seed, length, tell));
-    panics::print();
-    outcome
-}
-
-async fn one(seed: u64, length: Length, tell: bool) -> Outcome {
+    let runtime = runtime.expect("a runtime");
     let mut rng = Rng::with_seed(seed);
     let forecast = Forecast::of(&mut rng);
-    let world = World::new(rng.u64(..), forecast.limits.clone());
+    let world = {
+        let _clock = runtime.enter();
+        World::new(rng.u64(..), forecast.limits.clone())
+    };
+    let ran = catch_unwind(AssertUnwindSafe(|| runtime.block_on(one(&world, &forecast, length, tell))));
+    panics::print();
+    if ran.is_err() {
+        lock(&world).oracle.fail(format!("a start or the world panicked: {}", panics::last()));
+    }
+    let _clock = runtime.enter();
+    verdict(&world)
+}
+
+async fn one(world: &Shared, forecast: &Forecast, length: Length, tell: bool) {
     {
-        let mut world = lock(&world);
+        let mut world = lock(world);
         world.diary = tell.then(Vec::new);
         world.note(format_args!("{forecast:?}"));
         for id in 1..=forecast.founders {
@@ -79,18 +88,17 @@ async fn one(seed: u64, length: Length, tell: bool) -> Outcome {
             world.host(id).tick = std::time::Duration::from_millis(100 - forecast.skew + skew);
         }
         world.oracle.founded(1..=forecast.founders);
-        weather::set_fair(&mut world, &forecast);
+        weather::set_fair(&mut world, forecast);
         for id in 1..=forecast.founders {
             let pause = world.rng.u64(0..300);
             world.after(pause, move |world| world.start(id));
         }
         weather::strike_on(&mut world, forecast.clone(), length.weather_millis);
     }
-    clients::start(&world, forecast.habits, length.weather_millis);
-    run_until(&world, length.weather_millis).await;
-    weather::clear(&mut lock(&world), &forecast);
-    calm(&world, forecast.habits.keys).await;
-    verdict(&world)
+    clients::start(world, forecast.habits, length.weather_millis);
+    run_until(world, length.weather_millis).await;
+    weather::clear(&mut lock(world), forecast);
+    calm(world, forecast.habits.keys).await;
 }
 
 /// Once faults end there is progress: every member serves reads and writes, and all agree.
@@ -114,6 +122,7 @@ pub async fn calm(world: &Shared, keys: u64) {
             run_until(world, now + 50).await;
         }
         if !task.is_finished() {
+            lock(world).oracle.fail("some request in fair weather gets no answer at all".to_owned());
             return;
         }
         match task.await {
@@ -137,6 +146,7 @@ async fn settle(world: Shared, keys: u64) -> Result<(), String> {
             .await
             .map_err(|error| format!("no write at host {id}: {error}"))?;
     }
+    weather::check_members(&lock(&world))?;
     for id in &expected {
         for key in 0..keys {
             let key = format!("key{key}").into_bytes();
@@ -183,9 +193,22 @@ fn verdict(world: &Shared) -> Outcome {
     outcome
 }
 
-/// Runs seed after seed on so many threads, until so many have failed, and tells how it goes. Panics with the first
-/// failure.
-pub fn many(first: u64, seeds: u64, failures_max: u64, deadline: Option<Instant>, threads: u64, length: Length) {
+/// Seeds to run, and how far to go.
+pub struct Batch {
+    pub first: u64,
+    pub seeds: u64,
+    /// No more than `at_least` are begun after it.
+    pub deadline: Option<Instant>,
+    pub at_least: u64,
+    /// The end, too.
+    pub failures_max: u64,
+    pub threads: u64,
+    pub length: Length,
+}
+
+/// Runs seed after seed, and tells how it goes. Panics with the first failure.
+pub fn many(batch: &Batch) {
+    let Batch { first, threads, length, .. } = *batch;
     let (next, done, simulated, operations) =
         (AtomicU64::new(first), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let began = Instant::now();
@@ -195,9 +218,10 @@ pub fn many(first: u64, seeds: u64, failures_max: u64, deadline: Option<Instant>
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                    let late = batch.deadline.is_some_and(|deadline| Instant::now() >= deadline);
                     let failed = failures.lock().expect("no panic").len() as u64;
-                    if late || seed - first >= seeds || failed >= failures_max {
+                    let nth = seed - first;
+                    if (late && nth >= batch.at_least) || nth >= batch.seeds || failed >= batch.failures_max {
                         return;
                     }
                     let outcome = run(seed, length, false);

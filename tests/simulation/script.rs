@@ -447,7 +447,7 @@ impl Script {
             ("full-disk", Some(bytes)) => {
                 let room = number(bytes)?;
                 let host = world.host(id);
-                host.disk_hurt = true;
+                host.disk_filled = true;
                 host.disk.set_capacity(Some(host.disk.used_bytes() + room));
             }
             _ => return Err("no such command".to_owned()),
@@ -519,12 +519,12 @@ fn flip(world: &mut World, id: u64) -> Outcome {
     let mut rng = world.rng.fork();
     for _ in 0..1000 {
         let disk = world.hosts[&id].disk.fork();
-        let place = damage::flip(&disk, segment_bytes, &mut rng)?;
+        let flip = damage::flip(&disk, segment_bytes, &mut rng)?;
         let opened = Wal::open(Arc::new(disk.fork()), &options, 1, Arc::new(Metrics::new()));
-        if let (Some(place), Err(_)) = (place, opened) {
-            world.note(format_args!("host {id}: a bit is flipped, {place}"));
+        if let (Some(flip), Err(_)) = (flip, opened) {
+            world.note(format_args!("host {id}: a bit is flipped, {flip}"));
             let host = world.host(id);
-            (host.disk, host.damaged) = (disk, true);
+            (host.disk, host.damaged) = (disk, Some(flip.file));
             return Ok(());
         }
     }

@@ -10,7 +10,7 @@ use raftkv::wal::disk_memory::MemoryDisk;
 
 use crate::clients::Habits;
 use crate::damage;
-use crate::host::{State, member};
+use crate::host::{Host, State, member};
 use crate::world::{Limits, Millis, World};
 
 /// More members than this are not added.
@@ -34,11 +34,13 @@ pub enum Fault {
     Wipe,
     ClockJump,
     Stop,
+    /// Each in its turn, as for an upgrade; who leads hands over.
+    RollingRestart,
     Add,
     Remove,
 }
 
-const ALL: [Fault; 16] = [
+const ALL: [Fault; 17] = [
     Fault::PowerCut,
     Fault::Blackout,
     Fault::Kill,
@@ -53,6 +55,7 @@ const ALL: [Fault; 16] = [
     Fault::Wipe,
     Fault::ClockJump,
     Fault::Stop,
+    Fault::RollingRestart,
     Fault::Add,
     Fault::Remove,
 ];
@@ -196,7 +199,7 @@ fn strike(world: &mut World, forecast: &Forecast, fault: Fault) {
             let room = world.rng.u64(0..2 * world.limits.segment_bytes);
             let host = world.host(id);
             let used = host.disk.used_bytes();
-            host.disk_hurt = true;
+            host.disk_filled = true;
             host.disk.set_capacity(Some(used + room));
             world.after(lasts, move |world| world.host(id).disk.set_capacity(None));
         }
@@ -214,6 +217,13 @@ fn strike(world: &mut World, forecast: &Forecast, fault: Fault) {
         Fault::Stop => {
             world.stop(id);
             world.after(lasts, move |world| world.start(id));
+        }
+        Fault::RollingRestart => {
+            for (nth, id) in hosts.into_iter().enumerate() {
+                let at = nth as Millis * 2000;
+                world.after(at, move |world| world.stop(id));
+                world.after(at + 1000, move |world| world.start(id));
+            }
         }
         Fault::Add => add(world),
         Fault::Remove => remove(world, id),
@@ -246,7 +256,7 @@ fn can_lose_one(world: &World) -> bool {
         host.process.is_some()
             && world.oracle.knows_voters(**id)
             && !host.wiped
-            && !host.damaged
+            && host.damaged.is_none()
             && !world.leaving.contains_key(id)
     };
     voters.iter().filter(well).count() > voters.len() / 2 + 1
@@ -262,9 +272,9 @@ fn flip(world: &mut World, id: u64) {
     let mut rng = world.rng.fork();
     let segment_bytes = world.limits.segment_bytes;
     match damage::flip(&world.hosts[&id].disk, segment_bytes, &mut rng) {
-        Ok(Some(place)) => {
-            world.note(format_args!("host {id}: a bit is flipped, {place}"));
-            world.host(id).damaged = true;
+        Ok(Some(flip)) => {
+            world.note(format_args!("host {id}: a bit is flipped, {flip}"));
+            world.host(id).damaged = Some(flip.file);
         }
         Ok(None) => {}
         Err(why) => world.oracle.fail(format!("host {id}: {why}")),
@@ -328,6 +338,7 @@ fn remove(world: &mut World, id: u64) {
     if is_lost || can_lose_one(world) {
         // Of two requests nobody knows which it was that came through.
         world.leaving.entry(id).and_modify(|doubt| *doubt = true).or_insert(false);
+        world.oracle.may_leave(id);
         reconfigure(world, Change::Remove(id), id);
     }
 }
@@ -345,18 +356,29 @@ fn reconfigure(world: &mut World, change: Change, id: u64) {
         let outcome = service.reconfigure(change.clone()).await;
         let mut world = crate::world::lock(&shared);
         world.note(format_args!("{change:?} at {at}: {outcome:?}"));
+        let surely_not =
+            matches!(outcome, Err(ChangeFailure::Rejected(_) | ChangeFailure::Invalid(_) | ChangeFailure::Conflict(_)));
         match change {
-            Change::Add(_) => world.start(id),
+            Change::Add(_) => {
+                if outcome.is_ok() {
+                    world.added.insert(id);
+                } else if surely_not && world.hosts[&id].state == State::Well {
+                    world.oracle.not_added(id);
+                }
+                world.start(id);
+            }
             Change::Remove(_) if outcome.is_ok() => {
+                world.gone.insert(id);
                 let host = world.host(id);
                 if host.state != State::Well || host.process.is_none() {
                     host.state = State::Removed;
                 }
             }
-            // Surely it stays, unless somebody asked for it before.
-            Change::Remove(_) if matches!(outcome, Err(ChangeFailure::Rejected(_) | ChangeFailure::Invalid(_))) => {
+            Change::Remove(_) if surely_not => {
+                // Unless somebody asked for it before.
                 if world.leaving.get(&id) == Some(&false) {
                     world.leaving.remove(&id);
+                    world.oracle.not_removed(id);
                 }
             }
             Change::Remove(_) => drop(world.leaving.insert(id, true)),
@@ -378,9 +400,27 @@ pub fn clear(world: &mut World, forecast: &Forecast) {
     world.note(format_args!("the weather clears"));
 }
 
-/// Hosts that belong to the cluster and must come back once the weather is fair.
+/// Hosts that belong to the cluster and must come back once the weather is fair: those that took part, and those whose
+/// addition was acknowledged.
 pub fn expected(world: &World) -> BTreeSet<u64> {
-    let well =
-        |host: &&crate::host::Host| host.state == State::Well && !host.wiped && !world.leaving.contains_key(&host.id);
-    world.hosts.values().filter(well).filter(|host| host.life > 0).map(|host| host.id).collect()
+    let takes_part = |host: &&Host| host.life > 0 || world.added.contains(&host.id);
+    let well = |host: &&Host| host.state == State::Well && !host.wiped && !world.leaving.contains_key(&host.id);
+    world.hosts.values().filter(well).filter(takes_part).map(|host| host.id).collect()
+}
+
+/// Whether the members are as those who asked were told; and whether the world left a majority to try anything with.
+pub fn check_members(world: &World) -> Result<(), String> {
+    let (members, voters) = (world.oracle.members(), world.oracle.voters());
+    if let Some(id) = world.gone.intersection(members).next() {
+        return Err(format!("member {id} is there, and who asked was told that it is removed"));
+    }
+    let mut added = world.added.iter().filter(|id| !world.leaving.contains_key(id));
+    if let Some(id) = added.find(|id| !voters.contains(id) && world.hosts[id].state == State::Well) {
+        return Err(format!("member {id} was added, and does not vote"));
+    }
+    let well = |id: &&u64| world.hosts[*id].process.is_some() && !world.hosts[*id].wiped;
+    if voters.iter().filter(well).count() <= voters.len() / 2 {
+        return Err(format!("of {voters:?} too few are left"));
+    }
+    Ok(())
 }

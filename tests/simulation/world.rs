@@ -2,7 +2,7 @@
 //! order that follows from the seed. Nodes run as tasks of one thread under tokio's paused clock; the world wakes when
 //! something of its own is due.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -64,6 +64,9 @@ pub struct World {
     pub hosts: BTreeMap<u64, Host>,
     /// IDs that the operator asked to have removed; and whether another request is in doubt.
     pub leaving: BTreeMap<u64, bool>,
+    /// IDs whose addition, or removal, was acknowledged.
+    pub added: BTreeSet<u64>,
+    pub gone: BTreeSet<u64>,
     pub net: Network,
     pub oracle: Oracle,
     pub history: History,
@@ -89,6 +92,8 @@ impl World {
                 limits,
                 hosts: BTreeMap::new(),
                 leaving: BTreeMap::new(),
+                added: BTreeSet::new(),
+                gone: BTreeSet::new(),
                 net: Network::default(),
                 oracle: Oracle::default(),
                 history: History::new(),
