@@ -430,7 +430,8 @@ impl World {
                 host.state = State::Removed;
                 self.leaving.contains_key(&id)
             }
-            Err(node::Stopped::Wal(_)) => host.disk_hurt,
+            // The service ends where it cannot read the snapshot that it is to go on from.
+            Err(node::Stopped::Wal(_) | node::Stopped::ServiceGone(_)) => host.disk_hurt,
             Err(node::Stopped::OtherDirectory { .. }) => {
                 host.state = State::Lost(text.clone());
                 host.wiped
@@ -440,7 +441,7 @@ impl World {
         if !expected {
             self.oracle.fail(format!("node {id} ended without a reason: {text}"));
         }
-        if let Err(node::Stopped::Wal(_)) = outcome {
+        if let Err(node::Stopped::Wal(_) | node::Stopped::ServiceGone(_)) = outcome {
             let pause = self.rng.u64(500..5000);
             self.after(pause, move |world| world.start(id));
         }
