@@ -450,6 +450,8 @@ impl World {
                 self.leaving.contains_key(&id)
             }
             Err(node::Stopped::Wal(error)) => host.disk_hurt || (host.disk_filled && error.is_disk_full()),
+            // The service ends where it cannot read the snapshot that it is to go on from.
+            Err(node::Stopped::ServiceGone(_)) => host.disk_hurt,
             Err(node::Stopped::OtherDirectory { .. }) => {
                 host.state = State::Lost(text.clone());
                 host.wiped
@@ -459,7 +461,7 @@ impl World {
         if !expected {
             self.oracle.fail(format!("node {id} ended without a reason: {text}"));
         }
-        if let Err(node::Stopped::Wal(_)) = outcome {
+        if let Err(node::Stopped::Wal(_) | node::Stopped::ServiceGone(_)) = outcome {
             let pause = self.rng.u64(500..5000);
             self.start_later(id, pause);
         }
