@@ -352,6 +352,7 @@ impl World {
             let refusal = match meeting {
                 Meeting::Known => {
                     world.known(id).met.insert(stranger, nonce);
+                    world.witnesses.insert((id, stranger));
                     world.known(id).greet(stranger, boot)
                 }
                 Meeting::OtherNonce => Some(Refusal::OtherNonce),

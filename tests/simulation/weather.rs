@@ -286,7 +286,9 @@ fn flip(world: &mut World, id: u64) {
 fn wipe(world: &mut World, id: u64) {
     // The only founder, its directory empty, founds its cluster anew: nobody is left whom it would have to ask.
     let only_founder = world.hosts.values().filter(|host| !host.joiner).all(|host| host.id == id);
-    if only_founder || !can_lose_one(world) || world.hosts[&id].life == 0 {
+    // Whom only some have met, may meet the others first when it comes back.
+    let is_known = world.oracle.voters().iter().all(|voter| *voter == id || world.witnesses.contains(&(*voter, id)));
+    if only_founder || !is_known || !can_lose_one(world) || world.hosts[&id].life == 0 {
         return;
     }
     let life = world.hosts[&id].life;

@@ -64,6 +64,8 @@ pub struct World {
     pub hosts: BTreeMap<u64, Host>,
     /// IDs that the operator asked to have removed; and whether another request is in doubt.
     pub leaving: BTreeMap<u64, bool>,
+    /// Who has a member's data directory on record, by witness and member.
+    pub witnesses: BTreeSet<(u64, u64)>,
     /// IDs whose addition, or removal, was acknowledged.
     pub added: BTreeSet<u64>,
     pub gone: BTreeSet<u64>,
@@ -92,6 +94,7 @@ impl World {
                 limits,
                 hosts: BTreeMap::new(),
                 leaving: BTreeMap::new(),
+                witnesses: BTreeSet::new(),
                 added: BTreeSet::new(),
                 gone: BTreeSet::new(),
                 net: Network::default(),
