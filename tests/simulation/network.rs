@@ -2,7 +2,7 @@
 //! the transport makes them; forwarded requests; snapshots on their way. It stands in for `transport` below the line
 //! where that drops repeats, and holds the oracle's ear: what leaves a node is what the others may rely on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 
@@ -23,6 +23,8 @@ const WINDOW_FRAMES: usize = 8192;
 const DIAL_MILLIS: Millis = 150;
 /// After this long without an answer a forwarded request is given up, as the transport does it.
 const ANSWER_MILLIS: Millis = 5000;
+/// A full queue is tried again after so long.
+const ROOM_MILLIS: Millis = 1;
 /// A connection on which nothing moves for so long is given up.
 const STALLED_MILLIS: Millis = 5000;
 
@@ -76,6 +78,8 @@ pub struct Acquaintances {
     heard: BTreeMap<u64, (u64, Window)>,
     /// The last frame sent to each.
     sent: BTreeMap<u64, u64>,
+    /// What the node has no room to hear yet, and since when.
+    waiting: VecDeque<(Millis, Event)>,
     /// Transfers of snapshots under way.
     sending: BTreeSet<u64>,
     /// The leader that others are told of.
@@ -196,21 +200,39 @@ impl World {
         per_mille > 0 && self.rng.u32(0..1000) < per_mille
     }
 
-    /// Tells a node something. While it has no room this waits, as a connection does. False where it is gone.
+    /// Tells a node something. While it has no room this waits, as a connection does, and what comes later behind it.
+    /// False where it is gone.
     fn tell(&mut self, id: u64, life: u64, event: Event) -> bool {
-        self.tell_in_time(id, life, event, 0)
-    }
-
-    fn tell_in_time(&mut self, id: u64, life: u64, event: Event, waited: Millis) -> bool {
-        let Some(process) = self.process(id, life) else { return false };
-        if let Err(TrySendError::Full(event)) = process.peer_events.try_send(event)
-            && waited < STALLED_MILLIS
-        {
-            self.after(1, move |world| {
-                world.tell_in_time(id, life, event, waited + 1);
-            });
+        let now = self.now();
+        let process = self.hosts.get_mut(&id).and_then(|host| host.process.as_mut());
+        let Some(process) = process.filter(|process| process.life == life) else { return false };
+        let waiting = &mut process.known.waiting;
+        if !waiting.is_empty() {
+            waiting.push_back((now, event));
+        } else if let Err(TrySendError::Full(event)) = process.peer_events.try_send(event) {
+            waiting.push_back((now, event));
+            self.after(ROOM_MILLIS, move |world| world.tell_on(id, life));
         }
         true
+    }
+
+    /// Tells a node what waits. What has waited for too long is lost with its connection.
+    fn tell_on(&mut self, id: u64, life: u64) {
+        let now = self.now();
+        let process = self.hosts.get_mut(&id).and_then(|host| host.process.as_mut());
+        let Some(process) = process.filter(|process| process.life == life) else { return };
+        while let Some((since, event)) = process.known.waiting.pop_front() {
+            if since + STALLED_MILLIS < now {
+                continue;
+            }
+            if let Err(TrySendError::Full(event)) = process.peer_events.try_send(event) {
+                process.known.waiting.push_front((since, event));
+                break;
+            }
+        }
+        if !process.known.waiting.is_empty() {
+            self.after(ROOM_MILLIS, move |world| world.tell_on(id, life));
+        }
     }
 
     /// Whether frames of `from` reach `to`: its stream is open, and of these two lives.
