@@ -206,6 +206,12 @@ impl Core {
         })
     }
 
+    /// Whether this node's own vote wins an election: it votes alone, on both sides of a joint configuration.
+    fn elects_itself(&self) -> bool {
+        let (id, members) = (self.raw.raft.id, self.conf_state());
+        members.voters.iter().chain(&members.voters_outgoing).all(|voter| *voter == id)
+    }
+
     /// Whether every entry of the log is durable, those included that no turn has handed out yet.
     pub fn log_is_durable(&self) -> bool {
         let log = &self.raw.raft.raft_log;
@@ -214,7 +220,7 @@ impl Core {
 
     pub fn tick(&mut self) {
         // A lone voter wins the election that it calls, and raft asserts that a winner's log is durable.
-        let lone_and_behind = self.raw.raft.prs().is_singleton() && !self.log_is_durable();
+        let lone_and_behind = self.elects_itself() && !self.log_is_durable();
         // Before an election raft reads what it has not applied, and a snapshot on its way in took the place of that.
         if self.is_leader() || !(lone_and_behind || self.is_restoring()) {
             self.settle_election_timeout();

@@ -29,7 +29,9 @@ fn one(bytes: &[u8]) {
     let Ok(found) = decode_one(bytes) else { return };
     let mut again = BytesMut::new();
     frame::encode(&mut again, found.boot, found.sequence, &found.message);
-    assert_eq!(decode_one(&again).as_ref(), Ok(&found), "what was read is written again");
+    // As told, and not as held: fields that no version knows may be held in two ways, and nobody reads them.
+    let told = |frame: &Result<Frame, FrameError>| format!("{frame:?}");
+    assert_eq!(told(&decode_one(&again)), told(&Ok(found)), "what was read is written again");
 }
 
 /// What comes out of a stream that arrives in pieces of these lengths, over and over.
