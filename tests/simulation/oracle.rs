@@ -48,7 +48,7 @@ pub struct Oracle {
     stays: BTreeSet<u64>,
 }
 
-#[derive(PartialEq)]
+#[derive(Clone, Copy, PartialEq)]
 struct Sent {
     hash: u64,
     /// Of the entry before it, where it was told.
@@ -188,8 +188,8 @@ impl Oracle {
             // Who votes alone commits it before anybody hears of it.
             self.change(entry.index, entry.term);
         }
-        let first = self.entries.entry((entry.index, entry.term)).or_insert(Sent { hash, before: Some(before) });
-        if *first != sent {
+        let first = *self.entries.entry((entry.index, entry.term)).or_insert(sent);
+        if first != sent {
             self.fail(format!("node {from} sends another entry {} of term {}", entry.index, entry.term));
         }
     }

@@ -38,11 +38,15 @@ impl Disk {
     }
 
     fn start(&self, id: u64, voters: &[u64]) -> Core {
+        self.start_behind(id, founding(voters, &[]))
+    }
+
+    fn start_behind(&self, id: u64, snapshot: SnapshotMetadata) -> Core {
         let Disk { hard_state, entries } = self.clone();
         Core::new(Start {
             id,
             base: FOUNDING,
-            snapshot: founding(voters, &[]),
+            snapshot,
             hard_state,
             entries,
             election_ticks: 10,
@@ -236,18 +240,7 @@ proptest! {
 /// A lone voter that has a learner wins its election in the turn that writes its vote, and would send in it.
 #[test]
 fn a_lone_voter_s_appends_wait_for_its_vote() {
-    let Disk { hard_state, entries } = Disk::default();
-    let snapshot = founding(&[1], &[2]);
-    let mut core = Core::new(Start {
-        id: 1,
-        base: FOUNDING,
-        snapshot,
-        hard_state,
-        entries,
-        election_ticks: 10,
-        seed: 7,
-        message_bytes_max: 1 << 20,
-    });
+    let mut core = Disk::default().start_behind(1, founding(&[1], &[2]));
     core.campaign();
     let turn = core.turn();
     assert!(core.is_leader());
