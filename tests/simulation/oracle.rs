@@ -51,8 +51,8 @@ pub struct Oracle {
 #[derive(Clone, Copy, PartialEq)]
 struct Sent {
     hash: u64,
-    /// Of the entry before it, where it was told.
-    before: Option<u64>,
+    /// Term of the entry before it.
+    before: u64,
 }
 
 struct Committed {
@@ -179,7 +179,7 @@ impl Oracle {
     /// Log matching: an index and a term name one entry, and all before it.
     fn entry(&mut self, from: u64, entry: &Entry, before: u64) {
         let hash = hash(&entry.context, &entry.data);
-        let sent = Sent { hash, before: Some(before) };
+        let sent = Sent { hash, before };
         if entry.get_entry_type() == EntryType::EntryConfChangeV2 {
             let mut change = ConfChangeV2::default();
             let read = change.merge_from_bytes(&entry.data);
@@ -197,7 +197,7 @@ impl Oracle {
     /// What a process finds in its log when it starts, behind an entry of the term `before`: log matching holds for that.
     pub fn recovered(&mut self, host: u64, mut before: u64, entries: &[Entry]) {
         for entry in entries {
-            let found = Sent { hash: hash(&entry.context, &entry.data), before: Some(before) };
+            let found = Sent { hash: hash(&entry.context, &entry.data), before };
             let differs = self.entries.get(&(entry.index, entry.term)).is_some_and(|sent| *sent != found);
             self.expect(!differs, || {
                 format!("host {host} finds another entry {} of term {}, behind term {before}", entry.index, entry.term)
