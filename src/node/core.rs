@@ -327,9 +327,9 @@ impl Core {
         self.raw.mut_store().forget_snapshot();
     }
 
-    /// Whether a received snapshot is being made durable.
+    /// Whether a received snapshot is being made durable, or will be from the next turn on.
     pub fn is_restoring(&self) -> bool {
-        self.restoring.is_some()
+        self.restoring.is_some() || self.raw.raft.raft_log.unstable.snapshot.is_some()
     }
 
     /// Tells the members, through the log, which data directory a member has.

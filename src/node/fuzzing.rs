@@ -81,7 +81,31 @@ struct Machine {
     received: Option<Meta>,
     /// One of its own that is being written.
     taking: Option<Meta>,
+    /// What any log ever held.
+    logs: Logs,
     requests: u64,
+}
+
+/// Entries by index and term, each with the term of the one before. Raft's log matching: two logs that agree on index
+/// and term of an entry agree on that entry and on all before it, which a member that crashes may rely on, and one that
+/// lies breaks. Nor is any leader without what was committed. Peers say anything here but that.
+#[derive(Default)]
+struct Logs(BTreeMap<(u64, u64), (u64, Entry)>);
+
+impl Logs {
+    fn matches(&self, mut before: u64, entries: &[Entry]) -> bool {
+        entries.iter().all(|entry| {
+            let before = std::mem::replace(&mut before, entry.term);
+            self.0.get(&(entry.index, entry.term)).is_none_or(|known| (known.0, &known.1) == (before, entry))
+        })
+    }
+
+    fn learn(&mut self, mut before: u64, entries: &[Entry]) {
+        for entry in entries {
+            let before = std::mem::replace(&mut before, entry.term);
+            self.0.insert((entry.index, entry.term), (before, entry.clone()));
+        }
+    }
 }
 
 impl Machine {
@@ -105,6 +129,7 @@ impl Machine {
             committed: BTreeMap::new(),
             received: None,
             taking: None,
+            logs: Logs::default(),
             requests: 0,
         }
     }
@@ -169,6 +194,12 @@ impl Machine {
 
     fn deliver(&mut self, message: Message) -> Life {
         let is_snapshot = message.has_snapshot();
+        let is_append = message.get_msg_type() == MessageType::MsgAppend;
+        if is_append && !self.logs.matches(message.log_term, &message.entries)
+            || (is_append || is_snapshot) && self.contradicts_committed(&message)
+        {
+            return Life::Goes;
+        }
         // One that came before is being installed still.
         if is_snapshot && self.received.is_some() {
             return Life::Goes;
@@ -182,7 +213,10 @@ impl Machine {
                     index: metadata.index,
                     term: metadata.term,
                     voters: members.voters.clone(),
+                    voters_outgoing: members.voters_outgoing.clone(),
                     learners: members.learners.clone(),
+                    learners_next: members.learners_next.clone(),
+                    auto_leave: members.auto_leave,
                     ..self.disk.snapshot.clone()
                 };
                 assert_eq!(&conf_state(&meta), members, "what was admitted is of a simple membership");
@@ -190,11 +224,26 @@ impl Machine {
                 self.received = Some(meta);
                 self.core.step(message);
             }
-            Ok(()) => self.core.step(message),
+            Ok(()) => {
+                if is_append {
+                    self.logs.learn(message.log_term, &message.entries);
+                }
+                self.core.step(message);
+            }
             Err(Refusal::Senseless(_)) => {}
             Err(Refusal::DataLost { .. }) => return Life::Stopped,
         }
         Life::Goes
+    }
+
+    /// Whether a leader says that an entry is another than the one that was committed here, in this life or before.
+    fn contradicts_committed(&self, message: &Message) -> bool {
+        let snapshot = message.get_snapshot().get_metadata();
+        let entries = message.entries.iter().map(|entry| (entry.index, entry.term));
+        [(message.index, message.log_term), (snapshot.index, snapshot.term)]
+            .into_iter()
+            .chain(entries)
+            .any(|(index, term)| self.committed.get(&index).is_some_and(|known| *known != term))
     }
 
     fn turn(&mut self) -> Life {
@@ -203,6 +252,14 @@ impl Machine {
         let after = self.core.position();
         assert!(before.term <= after.term && before.commit <= after.commit, "{before:?} before {after:?}");
         for write in writes {
+            if let Some(first) = write.entries.first() {
+                let before = self.core.term_at(first.index - 1).expect("the entry before a new one is held");
+                // It leads a term that a peer said it had led.
+                if !self.logs.matches(before, &write.entries) {
+                    return Life::Stopped;
+                }
+                self.logs.learn(before, &write.entries);
+            }
             let restoring =
                 write.snapshot.map(|_| Box::new(self.received.clone().expect("raft restores what was stepped")));
             self.writing.push_back(Writing::Ready(write, restoring));

@@ -2,6 +2,7 @@
 //! service, wired as `server` wires them. It can lose power at any operation of its disk, be killed, be frozen, and
 //! start again.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -71,10 +72,14 @@ pub struct Host {
     pub disk_hurt: bool,
     /// Its room was short in this life. That stops no node, unless the reserve is used up.
     pub disk_filled: bool,
-    /// The file in which a bit was flipped: the next start may be refused, naming it.
-    pub damaged: Option<PathBuf>,
+    /// A bit was flipped since it last ran: the next start may be refused, naming a file of `flipped`.
+    pub damaged: bool,
+    /// Files in which bits were ever flipped. One of them may have been passed over before, and be missed now.
+    pub flipped: BTreeSet<PathBuf>,
     /// Its directory was emptied: the others must not deal with it any more.
     pub wiped: bool,
+    /// For its next process.
+    metrics: Arc<Metrics>,
     /// The next power cut leaves the first sector of what was not synced, and no more: for a script.
     pub tears: bool,
 }
@@ -184,8 +189,10 @@ impl World {
             clock_micros: 0,
             disk_hurt: false,
             disk_filled: false,
-            damaged: None,
+            damaged: false,
+            flipped: BTreeSet::new(),
             wiped: false,
+            metrics: Arc::default(),
             tears: false,
         };
         self.hosts.insert(id, host);
@@ -211,7 +218,7 @@ impl World {
             disk: Arc::new(self.hosts[&id].disk.clone()),
             data_dir: "/data".into(),
             segment_bytes: self.limits.segment_bytes,
-            metrics: Arc::new(Metrics::new()),
+            metrics: self.hosts[&id].metrics.clone(),
         }
     }
 
@@ -254,9 +261,11 @@ impl World {
         if host.disk.has_stopped() {
             return self.power_is_out(id);
         }
-        let (hurt, damaged) = (host.disk_hurt || host.disk_filled, host.damaged.clone());
+        let hurt = host.disk_hurt || host.disk_filled;
+        let is_named = |file: &PathBuf| why.contains(&*file.to_string_lossy());
+        let damaged = host.damaged && host.flipped.iter().any(is_named);
         self.note(format_args!("host {id} does not start: {why}"));
-        if damaged.is_some_and(|file| why.contains(&*file.to_string_lossy())) {
+        if damaged {
             self.host(id).state = State::Lost(why.to_owned());
         } else if hurt {
             self.start_later(id, 1000);
@@ -324,7 +333,8 @@ impl World {
         let limits = self.limits.clone();
         let host = self.hosts.get_mut(&id).expect("it starts");
         host.life = life;
-        host.damaged = None;
+        host.damaged = false;
+        host.metrics = Arc::default();
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(limits.peer_events_max);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();

@@ -524,7 +524,8 @@ fn flip(world: &mut World, id: u64) -> Outcome {
         if let (Some(flip), Err(_)) = (flip, opened) {
             world.note(format_args!("host {id}: a bit is flipped, {flip}"));
             let host = world.host(id);
-            (host.disk, host.damaged) = (disk, Some(flip.file));
+            (host.disk, host.damaged) = (disk, true);
+            host.flipped.insert(flip.file);
             return Ok(());
         }
     }

@@ -256,7 +256,7 @@ fn can_lose_one(world: &World) -> bool {
         host.process.is_some()
             && world.oracle.knows_voters(**id)
             && !host.wiped
-            && host.damaged.is_none()
+            && !host.damaged
             && !world.leaving.contains_key(id)
     };
     voters.iter().filter(well).count() > voters.len() / 2 + 1
@@ -274,7 +274,9 @@ fn flip(world: &mut World, id: u64) {
     match damage::flip(&world.hosts[&id].disk, segment_bytes, &mut rng) {
         Ok(Some(flip)) => {
             world.note(format_args!("host {id}: a bit is flipped, {flip}"));
-            world.host(id).damaged = Some(flip.file);
+            let host = world.host(id);
+            host.damaged = true;
+            host.flipped.insert(flip.file);
         }
         Ok(None) => {}
         Err(why) => world.oracle.fail(format!("host {id}: {why}")),
@@ -296,6 +298,7 @@ fn wipe(world: &mut World, id: u64) {
     let seed = world.rng.u64(..);
     let host = world.host(id);
     host.disk = MemoryDisk::seeded(seed);
+    host.flipped.clear();
     host.wiped = true;
     world.note(format_args!("host {id}: its directory is emptied"));
     world.start(id);
