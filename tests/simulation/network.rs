@@ -412,10 +412,13 @@ impl World {
             }
             let duplicates = world.net.duplicates;
             if world.chance(duplicates) {
-                let delay = world.delay();
                 // Nobody waits for what the copy is answered.
+                let copy = question(oneshot::channel().0);
+                // A change of the members that was refused must not come again later: nothing sends a POST by itself
+                // that was answered.
+                let delay = if let Event::Reconfigure { .. } = copy { 0 } else { world.delay() };
                 world.after(delay, move |world| {
-                    world.tell(leader, leader_life, question(oneshot::channel().0));
+                    world.tell(leader, leader_life, copy);
                 });
             }
             let shared = world.shared();
