@@ -137,6 +137,10 @@ fn snapshot(message: &Message, core: &Core) -> Result<(), Refusal> {
     {
         return Err(Refusal::Senseless("snapshot position"));
     }
+    // Raft would cut off what follows, as where the log only began.
+    if metadata.index <= at.commit && core.term_at(metadata.index).is_some_and(|ours| ours != metadata.term) {
+        return Err(Refusal::Senseless("committed entry"));
+    }
     let distinct = |ids: &[u64]| ids.iter().collect::<BTreeSet<_>>().len() == ids.len() && !ids.contains(&0);
     let (voters, learners) = (&members.voters, &members.learners);
     let sane = !voters.is_empty()
@@ -249,6 +253,11 @@ mod tests {
         assert_eq!(refused(Message { index: 5, log_term: 2, entries: vec![gap].into(), ..message(MsgAppend) }), "gap");
         let against = Entry { index: 4, term: 3, ..Entry::default() };
         let against = Message { index: 3, log_term: 1, entries: vec![against].into(), ..message(MsgAppend) };
+        assert_eq!(refused(against), "committed entry");
+        let mut against = message(MsgSnapshot);
+        let metadata = against.mut_snapshot().mut_metadata();
+        (metadata.index, metadata.term) = (4, 3);
+        metadata.mut_conf_state().voters = vec![1, 2];
         assert_eq!(refused(against), "committed entry");
     }
 

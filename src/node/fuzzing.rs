@@ -272,6 +272,7 @@ impl Machine {
             assert_eq!((meta.index, meta.term), (metadata.index, metadata.term));
             assert!(self.published <= meta.index, "restored {} behind {}", meta.index, self.published);
             self.members.restore(&meta);
+            self.committed.insert(meta.index, meta.term);
             self.published = meta.index;
         }
         if !self.core.is_restoring() {
