@@ -237,6 +237,15 @@ impl Core {
         raft.set_randomized_election_timeout(self.election_ticks + draw as usize);
     }
 
+    /// The leader's process is gone, and this node owes it no silence: it hears at once whoever asks for its vote, and its own
+    /// time-out has only the random part to run.
+    pub fn end_lease(&mut self) {
+        let raft = &mut self.raw.raft;
+        if raft.state == StateRole::Follower {
+            raft.election_elapsed = raft.election_elapsed.max(self.election_ticks);
+        }
+    }
+
     /// Stands for election now instead of waiting for a time-out.
     pub fn campaign(&mut self) {
         if self.persisted == self.written

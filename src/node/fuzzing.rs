@@ -156,7 +156,8 @@ impl Machine {
             }
             144..=175 => self.persist(1 + usize::from(which % 4)),
             176..=191 => (0..which % 24).for_each(|_| self.core.tick()),
-            192..=199 => self.core.campaign(),
+            192..=197 => self.core.campaign(),
+            198..=199 => self.core.end_lease(),
             200..=207 => {
                 let proposals: Vec<_> =
                     (0..which % 4).map(|_| (self.request(), Bytes::from_static(b"command"))).collect();

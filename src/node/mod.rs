@@ -56,6 +56,9 @@ const WAL_QUEUE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of command that may wait for the store before proposals are turned away.
 const BACKLOG_BYTES_MAX: usize = 64 << 20;
 
+/// What passes for a tick where the leader's process is gone: this part of one. A vote takes a round trip and a sync.
+const QUICK_TICKS_PER_TICK: u32 = 10;
+
 /// The context of an entry that names a member's data directory: member and nonce, little-endian.
 const NONCE_BYTES: usize = 16;
 
@@ -169,6 +172,8 @@ pub struct Node<A> {
     leading_since: u64,
     /// The tick at which each member was last heard of.
     heard: BTreeMap<u64, u64>,
+    /// How long the election clock still runs faster, in ticks of that.
+    quick_ticks: usize,
     /// Whether this node stood for election ahead of time, which it does once.
     stood_first: bool,
     /// The tick at which a stopping node no longer waits for a successor.
@@ -207,6 +212,7 @@ impl<A: Send + 'static> Node<A> {
             leadership: Leadership::default(),
             leading_since: 0,
             heard: BTreeMap::new(),
+            quick_ticks: 0,
             stood_first: false,
             stop_by: None,
             settings,
@@ -220,6 +226,8 @@ impl<A: Send + 'static> Node<A> {
         // A process that was paused must not make up for it: its election clock would run wild.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         ticks.tick().await;
+        let mut quick_ticks = tokio::time::interval(self.settings.tick / QUICK_TICKS_PER_TICK);
+        quick_ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let outcome = loop {
             if let Err(stopped) = self.turn() {
                 break Err(stopped);
@@ -231,6 +239,7 @@ impl<A: Send + 'static> Node<A> {
                 biased;
                 () = stop.cancelled(), if self.stop_by.is_none() => { self.begin_stop(); Ok(()) }
                 _ = ticks.tick() => { self.tick(); Ok(()) }
+                _ = quick_ticks.tick(), if self.quick_ticks > 0 => { self.quick_tick(); Ok(()) }
                 Some(event) = self.ends.wal_events.recv() => self.on_wal(event),
                 Some(event) = self.ends.peer_events.recv() => self.on_peer(event),
                 Some(done) = self.forwards.join_next() => { self.on_forwarded(done); Ok(()) }
@@ -283,6 +292,25 @@ impl<A: Send + 'static> Node<A> {
         }
         let metrics = &self.ends.metrics;
         metrics.proposals_pending.set(self.pending.len() as i64);
+    }
+
+    /// The system on which the leader ran says that it is gone. It can mean nothing else, so there is no silence to wait out;
+    /// a leader that is only slow, or cut off, still has its port. The random part of the time-outs, which keeps
+    /// candidates apart, runs faster for as long as two elections may take. Were it a mistake, those who hear from the
+    /// leader would refuse: raft's safety rests on no clock.
+    fn leader_is_gone(&mut self) {
+        if self.members.may_vote() {
+            info!(leader = self.leadership.leader, "the leader's process is gone");
+            self.core.end_lease();
+            self.quick_ticks = 3 * self.settings.election_ticks;
+        }
+    }
+
+    fn quick_tick(&mut self) {
+        self.quick_ticks -= 1;
+        if !self.core.is_leader() {
+            self.core.tick();
+        }
     }
 
     fn on_wal(&mut self, event: writer::Event) -> Result<(), Stopped> {
@@ -442,6 +470,7 @@ impl<A: Send + 'static> Node<A> {
         // What was forwarded to another leader may hang there: its outcome is unknown, and it is proposed again.
         self.forwards = JoinSet::new();
         if at.leader != 0 {
+            self.quick_ticks = 0;
             self.propose_from = 0;
             self.pending.leader_changed();
             self.reads.leader_changed();

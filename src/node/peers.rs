@@ -41,6 +41,8 @@ impl<A: Send + 'static> Node<A> {
                 self.members.unreachable(peer);
                 self.core.report_unreachable(peer);
             }
+            transport::Event::NobodyListens { peer } if peer == self.leadership.leader => self.leader_is_gone(),
+            transport::Event::NobodyListens { .. } => {}
             transport::Event::Refused { peer, refusal: transport::Refusal::OtherNonce } => {
                 return Err(Stopped::OtherDirectory { peer });
             }
@@ -59,6 +61,9 @@ impl<A: Send + 'static> Node<A> {
             return self.on_refused(&message, refusal);
         }
         self.heard.insert(message.from, self.now);
+        if message.from == self.leadership.leader {
+            self.quick_ticks = 0;
+        }
         let asks_for_vote = matches!(kind, MessageType::MsgRequestVote | MessageType::MsgRequestPreVote);
         if asks_for_vote && !self.members.may_vote() {
             self.members.hold_vote(message);

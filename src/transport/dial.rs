@@ -36,25 +36,33 @@ type Sender = SendRequest<Full<Bytes>>;
 /// A connection, and the end that takes its requests.
 pub type Connected<B> = (SendRequest<B>, Connection<TokioIo<TcpStream>, B>);
 
-/// Connects to the first of the peer's URLs that answers.
+/// Connects to the first of the peer's URLs that answers. The error is of the kind `ConnectionRefused` only where all of
+/// them refuse: the machines are up, and nobody listens.
 pub async fn connect<B>(peer: &Peer) -> io::Result<Connected<B>>
 where
     B: Body + 'static,
     B::Data: Send,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let mut failure = io::Error::other("it has no peer URL");
+    let mut failure = None;
     for (index, url) in peer.urls() {
         match connect_to(&url).await {
             Ok(connected) => {
                 peer.dialled(Some(index));
                 return Ok(connected);
             }
-            Err(error) => failure = error,
+            Err(error) => {
+                failure = failure.filter(|earlier| !is_refused(earlier)).or(Some(error));
+            }
         }
     }
     peer.dialled(None);
-    Err(failure)
+    Err(failure.unwrap_or_else(|| io::Error::other("it has no peer URL")))
+}
+
+/// Whether a connection was turned down by a system on which nobody listens.
+pub fn is_refused(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionRefused
 }
 
 /// Connects to one URL. The error names it.

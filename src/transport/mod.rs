@@ -104,6 +104,9 @@ pub enum Event {
     Attached { peer: u64 },
     /// Messages to that peer were lost, or a stream broke. Reports that the node has not taken yet are merged.
     Unreachable { peer: u64 },
+    /// The systems at all of that peer's addresses answer that nobody listens there: its process is gone. Repeated with each
+    /// try.
+    NobodyListens { peer: u64 },
     /// Who answers at that peer's address refused us; `OtherNonce`, `Superseded`, `NotAMember` and `Removed` come from the
     /// proven peer itself. Repeated with each try.
     Refused { peer: u64, refusal: Refusal },

@@ -15,7 +15,7 @@ use hyper::{Method, StatusCode};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::dial::{connect, refusal, verify};
+use super::dial::{connect, is_refused, refusal, verify};
 use super::frame::{Decoder, KEEP_ALIVE, encode};
 use super::handshake::{Refusal, STREAM};
 use super::hub::Hub;
@@ -119,6 +119,10 @@ pub async fn pull(hub: Arc<Hub>, peer: Arc<Peer>) {
         let reading = peer.place().run_until_cancelled_owned(read(&hub, &peer)).await;
         let (standing, error) = match reading.unwrap_or_else(|| End::Broke("the peer moved".to_owned())) {
             End::Unopened(error) => (Standing::Unreachable, error),
+            End::NobodyListens(error) => {
+                hub.tell(Event::NobodyListens { peer: peer.id }).await;
+                (Standing::Unreachable, error)
+            }
             End::Refused(refusal) => {
                 hub.count_refused(refusal.token());
                 hub.tell(Event::Refused { peer: peer.id, refusal }).await;
@@ -148,6 +152,7 @@ pub async fn pull(hub: Arc<Hub>, peer: Arc<Peer>) {
 /// How a try to read a stream ended.
 enum End {
     Unopened(String),
+    NobodyListens(String),
     Refused(Refusal),
     Broke(String),
 }
@@ -155,6 +160,7 @@ enum End {
 async fn read(hub: &Arc<Hub>, peer: &Arc<Peer>) -> End {
     let (mut sender, connection) = match connect(peer).await {
         Ok(connected) => connected,
+        Err(error) if is_refused(&error) => return End::NobodyListens(error.to_string()),
         Err(error) => return End::Unopened(error.to_string()),
     };
     // Driven by this task: a message then wakes one task on its way in, not two.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
@@ -56,6 +57,19 @@ fn nothing_acknowledged_is_lost_to_kill_9() {
     cluster.start_all();
     cluster.must_hold(&acknowledged);
     cluster.must_agree();
+}
+
+/// A system that answers for a leader that nobody listens there says all that silence could.
+#[test]
+fn a_leader_whose_process_is_gone_is_replaced_before_its_silence_could_tell() {
+    let mut cluster = Cluster::with_flags(3, &["--tick", "1s", "--election-ticks", "30"]);
+    cluster.start_all();
+    let leader = cluster.leader();
+    let start = Instant::now();
+    cluster.nodes[leader].kill();
+    let survivor = &cluster.nodes[(leader + 1) % 3];
+    wait_for("a write", || survivor.put("key", "value").ok().filter(|answer| answer.status == 204));
+    assert!(start.elapsed() < Duration::from_secs(30), "it took {:?}", start.elapsed());
 }
 
 fn applied(cluster: &Cluster, at_least: u64) -> Option<()> {

@@ -295,6 +295,10 @@ impl World {
                 Some(peer_life) if !lost => {
                     self.after(delay, move |world| world.introduce((id, life), (peer, peer_life)));
                 }
+                // A machine without power says nothing, one without the process that nobody listens.
+                None if !lost && !self.scripted && self.rng.bool() => {
+                    self.tell(id, life, Event::NobodyListens { peer });
+                }
                 _ => {
                     self.tell(id, life, Event::Unreachable { peer });
                 }

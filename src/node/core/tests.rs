@@ -249,6 +249,37 @@ fn a_lone_voter_s_appends_wait_for_its_vote() {
     assert!(core.turn().messages.iter().any(|message| message.get_msg_type() == MessageType::MsgAppend));
 }
 
+/// As long as it hears from its leader it refuses to vote; where the leader is known to be gone, it does not.
+#[test]
+fn a_follower_hears_candidates_as_soon_as_the_lease_is_ended() {
+    let mut core = Disk::default().start(1, &[1, 2, 3]);
+    let mut step = |kind: MessageType, from, end_lease: bool| {
+        // Who asks for a vote beforehand names the term that is to come.
+        let term = if kind == MessageType::MsgHeartbeat { 2 } else { 3 };
+        let mut message = Message { from, to: 1, term, index: 1, log_term: 1, ..Message::default() };
+        message.set_msg_type(kind);
+        assert_eq!(admit(&message, &core), Ok(()));
+        core.step(message);
+        if end_lease {
+            core.end_lease();
+        }
+        let mut messages = Vec::new();
+        loop {
+            let turn = core.turn();
+            messages.extend(turn.messages);
+            let Some(last) = turn.writes.last() else { break };
+            core.persisted(last.number);
+        }
+        messages.into_iter().find(|answer| answer.to == 3).map(|answer| answer.get_msg_type())
+    };
+    assert_eq!(step(MessageType::MsgHeartbeat, 2, false), None);
+    assert_eq!(step(MessageType::MsgRequestPreVote, 3, false), None, "the leader was heard of");
+    assert_eq!(step(MessageType::MsgHeartbeat, 2, true), None);
+    assert_eq!(step(MessageType::MsgRequestPreVote, 3, false), Some(MessageType::MsgRequestPreVoteResponse));
+    assert_eq!(step(MessageType::MsgHeartbeat, 2, false), None);
+    assert_eq!(step(MessageType::MsgRequestPreVote, 3, false), None, "the leader is there after all");
+}
+
 /// A leader that is alone is deposed by a stranger of a later term, and calls an election before any turn has handed out
 /// what it appended: raft asserts that a winner's log is durable.
 #[test]
