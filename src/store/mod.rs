@@ -3,6 +3,7 @@
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod key;
 mod snapshot;
 mod state;
 

@@ -12,7 +12,8 @@ use bytes::Bytes;
 use imbl::OrdMap;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::state::{KeyValue, State, WINDOW_SIZE, hash};
+use super::key::Key;
+use super::state::{KeyValue, State, WINDOW_SIZE};
 use crate::channel::COMMAND_BYTES_MAX;
 use crate::window::Window;
 
@@ -50,7 +51,7 @@ pub fn write_image(state: &State, out: &mut dyn Write) -> io::Result<()> {
     }
     out.put(&(state.keys.len() as u64).to_le_bytes())?;
     for (key, entry) in &state.keys {
-        let len = |bytes: &Bytes| u32::try_from(bytes.len()).expect("at most PAIR_BYTES_MAX").to_le_bytes();
+        let len = |bytes: &[u8]| u32::try_from(bytes.len()).expect("at most PAIR_BYTES_MAX").to_le_bytes();
         out.put(&len(key))?;
         out.put(&len(&entry.value))?;
         for number in [entry.create_revision, entry.modify_revision, entry.version] {
@@ -108,8 +109,8 @@ fn read_seen(input: &mut HashedReader<impl Read>) -> Result<BTreeMap<u64, (u64, 
 }
 
 /// The keys, and the hash of the content as they make it.
-fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdMap<Bytes, KeyValue>, u64), BadImage> {
-    let mut keys: OrdMap<Bytes, KeyValue> = OrdMap::new();
+fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdMap<Key, KeyValue>, u64), BadImage> {
+    let mut keys: OrdMap<Key, KeyValue> = OrdMap::new();
     let mut content_hash = 0u64;
     for _ in 0..input.number()? {
         let [key_len, value_len] = [input.len()?, input.len()?];
@@ -120,12 +121,12 @@ fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdM
         if create_revision > modify_revision || modify_revision > revision || version == 0 {
             return Err(BadImage::Damaged("the revisions of a key are not in order"));
         }
-        let (key, value) = (input.bytes(key_len)?, input.bytes(value_len)?);
+        let (key, value) = (Key::from(&input.bytes(key_len)?[..]), input.bytes(value_len)?);
         if keys.get_max().is_some_and(|(last, _)| key <= *last) {
             return Err(BadImage::Damaged("its keys are not in order"));
         }
-        let entry = KeyValue { value, create_revision, modify_revision, version };
-        content_hash = content_hash.wrapping_add(hash(&key, &entry));
+        let entry = KeyValue::new(&key, value, create_revision, modify_revision, version);
+        content_hash = content_hash.wrapping_add(entry.hash);
         keys.insert(key, entry);
     }
     Ok((keys, content_hash))

@@ -5,14 +5,19 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use imbl::OrdMap;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
+use smallvec::SmallVec;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
+use super::key::Key;
 use crate::channel::RequestId;
 use crate::command::{Command, Unreadable};
 use crate::window::{Seen, Window};
 
 /// Writes of one node that may overtake each other on their way into the log.
 pub(super) const WINDOW_SIZE: usize = 1 << 16;
+
+/// Less than this is hashed in one piece, which takes a copy; a hasher that is fed piece by piece is a kilobyte to set up.
+const HASHED_AT_ONCE_BYTES_MAX: usize = 512;
 
 /// A key's value and history. Revisions are the store's (etcd's rule): it starts at 1 and rises with each write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +27,31 @@ pub struct KeyValue {
     pub modify_revision: u64,
     /// Writes since the key was created; the first is 1.
     pub version: u64,
+    /// The key's part in the content hash: parts are added up, so that order does not matter and a change costs one key.
+    pub(super) hash: u64,
+}
+
+impl KeyValue {
+    pub(super) fn new(key: &[u8], value: Bytes, create_revision: u64, modify_revision: u64, version: u64) -> Self {
+        let mut entry = KeyValue { value, create_revision, modify_revision, version, hash: 0 };
+        entry.hash = entry.hash_anew(key);
+        entry
+    }
+
+    /// Of the length of the key, the key, the three numbers and the value, each behind the other.
+    fn hash_anew(&self, key: &[u8]) -> u64 {
+        let len = (key.len() as u64).to_le_bytes();
+        let numbers = [self.create_revision, self.modify_revision, self.version].map(u64::to_le_bytes);
+        let parts = [&len, key, numbers.as_flattened(), &self.value];
+        if parts.iter().map(|part| part.len()).sum::<usize>() <= HASHED_AT_ONCE_BYTES_MAX {
+            let mut whole = SmallVec::<[u8; HASHED_AT_ONCE_BYTES_MAX]>::new();
+            parts.iter().for_each(|part| whole.extend_from_slice(part));
+            return xxh3_64(&whole);
+        }
+        let mut hasher = Xxh3::new();
+        parts.iter().for_each(|part| hasher.update(part));
+        hasher.digest()
+    }
 }
 
 /// What a write answers.
@@ -45,7 +75,7 @@ pub enum Outcome {
 /// All that is replicated. A clone costs next to nothing, however many keys there are. `snapshot` keeps every field.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    pub(super) keys: OrdMap<Bytes, KeyValue>,
+    pub(super) keys: OrdMap<Key, KeyValue>,
     pub(super) revision: u64,
     pub(super) applied: u64,
     pub(super) content_hash: u64,
@@ -78,8 +108,8 @@ impl State {
         }
         self.revision += 1;
         match parsed {
-            // The slices keep the log entry's buffer alive, and cost no copy.
-            Command::Put { key, value } => self.put(command.slice_ref(key), command.slice_ref(value)),
+            // The slice keeps the log entry's buffer alive, and costs no copy.
+            Command::Put { key, value } => self.put(key, command.slice_ref(value)),
         }
         Ok(Outcome::Applied(Answer::Put { revision: self.revision }))
     }
@@ -137,32 +167,24 @@ impl State {
         window.mark(request.counter)
     }
 
-    pub(super) fn put(&mut self, key: Bytes, value: Bytes) {
-        let old = self.keys.get(&key);
-        if let Some(old) = old {
-            self.content_hash = self.content_hash.wrapping_sub(hash(&key, old));
-        }
-        let new = KeyValue {
-            value,
-            create_revision: old.map_or(self.revision, |old| old.create_revision),
-            modify_revision: self.revision,
-            version: old.map_or(1, |old| old.version + 1),
+    pub(super) fn put(&mut self, key: &[u8], value: Bytes) {
+        let revision = self.revision;
+        // One descent where the key is there, which is where it costs most.
+        let (old, new) = match self.keys.get_mut(key) {
+            Some(entry) => {
+                let old = entry.hash;
+                *entry = KeyValue::new(key, value, entry.create_revision, revision, entry.version + 1);
+                (old, entry.hash)
+            }
+            None => {
+                let entry = KeyValue::new(key, value, revision, revision, 1);
+                let new = entry.hash;
+                self.keys.insert(key.into(), entry);
+                (0, new)
+            }
         };
-        self.content_hash = self.content_hash.wrapping_add(hash(&key, &new));
-        self.keys.insert(key, new);
+        self.content_hash = self.content_hash.wrapping_sub(old).wrapping_add(new);
     }
-}
-
-/// A key's part in the content hash: parts are added up, so that order does not matter and a change costs one key.
-pub(super) fn hash(key: &[u8], entry: &KeyValue) -> u64 {
-    let mut hasher = Xxh3::new();
-    hasher.update(&(key.len() as u64).to_le_bytes());
-    hasher.update(key);
-    for number in [entry.create_revision, entry.modify_revision, entry.version] {
-        hasher.update(&number.to_le_bytes());
-    }
-    hasher.update(&entry.value);
-    hasher.digest()
 }
 
 #[cfg(test)]
@@ -221,6 +243,21 @@ mod tests {
         assert_eq!(state.applied(), 2, "what is not understood is not passed");
     }
 
+    /// Snapshots hold it: however it is computed, it stays what it was.
+    #[test]
+    fn an_entry_hashes_alike_in_one_piece_and_in_several() {
+        for len in (0..20).chain(HASHED_AT_ONCE_BYTES_MAX - 40..HASHED_AT_ONCE_BYTES_MAX + 5) {
+            let entry = KeyValue::new(b"key", vec![7; len].into(), 1, 2, 3);
+            let mut hasher = Xxh3::new();
+            for part in [&3u64.to_le_bytes()[..], b"key", &1u64.to_le_bytes(), &2u64.to_le_bytes(), &3u64.to_le_bytes()]
+            {
+                hasher.update(part);
+            }
+            hasher.update(&entry.value);
+            assert_eq!(entry.hash, hasher.digest(), "a value of {len} bytes");
+        }
+    }
+
     proptest! {
         /// The hash that is kept up to date is the hash of what is there.
         #[test]
@@ -229,7 +266,7 @@ mod tests {
             for (n, (key, value)) in (1..).zip(&writes) {
                 state.apply(n + 1, 1, request(n), &Command::Put { key: &[*key], value: &[*value] }.encode()).unwrap();
             }
-            let anew = state.keys.iter().map(|(key, entry)| hash(key, entry)).fold(0, u64::wrapping_add);
+            let anew = state.keys.iter().map(|(key, entry)| entry.hash_anew(key)).fold(0, u64::wrapping_add);
             prop_assert_eq!(state.content_hash(), anew);
         }
     }
