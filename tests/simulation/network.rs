@@ -221,8 +221,10 @@ impl World {
         let now = self.now();
         let process = self.hosts.get_mut(&id).and_then(|host| host.process.as_mut());
         let Some(process) = process.filter(|process| process.life == life) else { return };
+        let mut stalled = false;
         while let Some((since, event)) = process.known.waiting.pop_front() {
             if since + STALLED_MILLIS < now {
+                stalled = true;
                 continue;
             }
             if let Err(TrySendError::Full(event)) = process.peer_events.try_send(event) {
@@ -232,6 +234,10 @@ impl World {
         }
         if !process.known.waiting.is_empty() {
             self.after(ROOM_MILLIS, move |world| world.tell_on(id, life));
+        }
+        if stalled {
+            // What was said first on it may be among what is lost: that it is open.
+            self.net.streams.retain(|(listener, speaker), _| *listener != id && *speaker != id);
         }
     }
 
