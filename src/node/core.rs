@@ -101,6 +101,9 @@ pub struct Core {
     /// The last write handed out, and the last reported durable.
     written: u64,
     persisted: u64,
+    /// Index of the last entry handed out, and the last write that replaced others.
+    last_written: u64,
+    replaced: u64,
     /// Term and vote as last written, and the write that changed them.
     vote: (u64, u64),
     voted: u64,
@@ -131,6 +134,7 @@ impl Core {
             max_committed_size_per_ready: 8 << 20,
             ..Config::default()
         };
+        let last_written = base.0 + entries.len() as u64;
         let mut mirror = Mirror::new(base, snapshot.get_conf_state().clone(), hard_state, entries);
         if snapshot.index > FOUNDING.0 {
             mirror.set_snapshot(snapshot);
@@ -145,6 +149,8 @@ impl Core {
             held: VecDeque::new(),
             written: 0,
             persisted: 0,
+            last_written,
+            replaced: 0,
             vote,
             voted: 0,
             unwritten_state: false,
@@ -397,6 +403,11 @@ impl Core {
     /// The write of this number, and all before it, are durable.
     pub fn persisted(&mut self, number: u64) {
         assert!(self.persisted <= number && number <= self.written, "write {number} of {}", self.written);
+        // Raft knows entries by index and term. Where one leader replaced some and the next brought the same ones back, it
+        // would take them for durable with the first write, which the second is about to undo.
+        if number < self.replaced {
+            return;
+        }
         self.persisted = number;
         self.raw.on_persist_ready(number);
         if let Some((_, snapshot)) = self.restoring.as_ref().filter(|(write, _)| *write <= number) {
@@ -418,11 +429,16 @@ impl Core {
             if !ready.snapshot().is_empty() {
                 let metadata = ready.snapshot().get_metadata().clone();
                 self.raw.mut_store().restore(&metadata);
+                self.last_written = metadata.index;
                 snapshot = Some((metadata.index, metadata.term));
                 self.restoring = Some((number, metadata));
             }
             let entries = ready.take_entries();
-            if !entries.is_empty() {
+            if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
+                if first.index <= self.last_written {
+                    self.replaced = number;
+                }
+                self.last_written = last.index;
                 self.raw.mut_store().append(entries.clone());
             }
             if let Some(hard_state) = ready.hs() {

@@ -249,6 +249,29 @@ fn a_lone_voter_s_appends_wait_for_its_vote() {
     assert!(core.turn().messages.iter().any(|message| message.get_msg_type() == MessageType::MsgAppend));
 }
 
+/// One leader replaces entries that are on their way to the disk, the next brings them back: durable is what the last write
+/// holds, and no earlier one.
+#[test]
+fn entries_that_were_replaced_and_came_back_are_durable_with_the_last_write() {
+    let mut core = Disk::default().start(1, &[1, 2, 3]);
+    let mut append = |from, term, terms: &[u64], commit| {
+        let mut message = Message { from, to: 1, term, index: 1, log_term: 1, commit, ..Message::default() };
+        message.set_msg_type(MessageType::MsgAppend);
+        let entry = |(index, term): (u64, &u64)| Entry { index, term: *term, data: vec![1].into(), ..Entry::default() };
+        message.entries = (2..).zip(terms).map(entry).collect();
+        assert_eq!(admit(&message, &core), Ok(()));
+        core.step(message);
+        core.turn().writes.pop().unwrap().number
+    };
+    let first = append(2, 2, &[2, 2], 1);
+    append(3, 3, &[3], 1);
+    let last = append(2, 4, &[2, 2], 3);
+    core.persisted(first);
+    assert_eq!(core.turn().committed, []);
+    core.persisted(last);
+    assert_eq!(core.turn().committed.len(), 2);
+}
+
 /// As long as it hears from its leader it refuses to vote; where the leader is known to be gone, it does not.
 #[test]
 fn a_follower_hears_candidates_as_soon_as_the_lease_is_ended() {
