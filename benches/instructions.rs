@@ -17,9 +17,11 @@ fn main() -> ExitCode {
                 println!("{name} {} {operations}", (OPERATIONS / operations).max(1));
             }
         }
+        // By cargo, which runs all that there is in benches.
+        [] | [.., "--bench"] => println!("instructions: counted by scripts/instructions"),
         [name, runs] => {
             let workload = ALL.iter().find(|workload| workload.name == name);
-            let (Some(workload), Ok(runs)) = (workload, runs.parse::<u64>()) else {
+            let (Some(workload), Ok(runs)) = (workload, runs.parse()) else {
                 eprintln!("no workload {name}, or not a number of runs: {runs}");
                 return ExitCode::from(2);
             };
@@ -28,8 +30,6 @@ fn main() -> ExitCode {
             run();
             counted(&mut run, runs);
         }
-        // Run by `cargo bench`, with the others.
-        ["--bench"] => println!("instructions: counted by scripts/instructions"),
         _ => {
             eprintln!("usage: instructions --list     name, runs and operations in a run of each workload");
             eprintln!("       instructions NAME RUNS");
