@@ -4,7 +4,7 @@ mod workloads;
 
 use std::time::Duration;
 
-use criterion::{Criterion, Throughput};
+use criterion::{Criterion, SamplingMode, Throughput};
 
 fn main() {
     let criterion =
@@ -14,6 +14,8 @@ fn main() {
         // Started when it is its turn, if it was asked for.
         let mut run = None;
         let mut group = criterion.benchmark_group(workload.name);
+        // As many runs in each sample: some take so long that more would take minutes.
+        group.sampling_mode(SamplingMode::Flat);
         group.throughput(Throughput::Elements(workload.operations));
         group.bench_function("time", |bencher| bencher.iter(run.get_or_insert_with(workload.start)));
         group.finish();
