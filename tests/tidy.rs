@@ -106,7 +106,7 @@ fn the_import_check_sees_every_way_to_write_an_import() {
 #[test]
 fn every_file_says_what_it_is_and_stays_short() {
     let mut faults = Vec::new();
-    for file in rust_files("src").iter().chain(&rust_files("tests")) {
+    for file in [rust_files("src"), rust_files("tests"), rust_files("benches")].concat() {
         faults.extend(opening_fault(&file.path, &file.text));
     }
     for file in rust_files("src") {
@@ -121,7 +121,7 @@ fn every_file_says_what_it_is_and_stays_short() {
 
 #[test]
 fn a_discarded_result_has_its_reason() {
-    let files = [rust_files("src"), rust_files("tests")].concat();
+    let files = [rust_files("src"), rust_files("tests"), rust_files("benches")].concat();
     let faults: Vec<_> = files.iter().flat_map(|file| discard_faults(&file.path, &file.text)).collect();
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
 

@@ -7,7 +7,8 @@
 
 mod admit;
 mod changes;
-mod core;
+#[doc(hidden)]
+pub mod core;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod intake;

@@ -14,7 +14,8 @@
 
 mod dial;
 mod forward;
-mod frame;
+#[doc(hidden)]
+pub mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handshake;
