@@ -6,7 +6,7 @@
 //! of the image and the hash of the content, computed anew, must be what the writer said.
 
 use std::collections::BTreeMap;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 
 use bytes::Bytes;
 use imbl::OrdMap;
@@ -20,7 +20,7 @@ use crate::window::Window;
 const FORMAT: u8 = 1;
 /// One command brought both key and value, so that no state holds a longer pair, whatever limits a front end has.
 const PAIR_BYTES_MAX: usize = COMMAND_BYTES_MAX;
-/// What is reserved ahead of the bytes that fill it.
+/// What is reserved ahead of the bytes that fill it, and what is read or written in one step.
 const STEP_BYTES: usize = 64 << 10;
 
 /// Why bytes are no image of a state.
@@ -36,7 +36,7 @@ pub enum BadImage {
 
 /// Writes the whole state.
 pub fn write_image(state: &State, out: &mut dyn Write) -> io::Result<()> {
-    let mut out = HashedWriter { out, hash: Xxh3::new() };
+    let mut out = HashedWriter::new(out);
     out.put(&[FORMAT])?;
     for number in [state.applied, state.revision, state.content_hash, state.log_hash, state.seen.len() as u64] {
         out.put(&number.to_le_bytes())?;
@@ -60,13 +60,12 @@ pub fn write_image(state: &State, out: &mut dyn Write) -> io::Result<()> {
         out.put(key)?;
         out.put(&entry.value)?;
     }
-    let hash = out.hash.digest();
-    out.out.write_all(&hash.to_le_bytes())
+    out.end()
 }
 
 /// Reads what [`write_image`] wrote, here or on another node, to its very end.
 pub fn read_image(image: impl Read) -> Result<State, BadImage> {
-    let mut input = HashedReader { input: BufReader::with_capacity(STEP_BYTES, image), hash: Xxh3::new() };
+    let mut input = HashedReader::new(image);
     match input.array()? {
         [FORMAT] => {}
         [format] if format > FORMAT => return Err(BadImage::NewerFormat(format)),
@@ -76,7 +75,7 @@ pub fn read_image(image: impl Read) -> Result<State, BadImage> {
         [input.number()?, input.number()?, input.number()?, input.number()?];
     let seen = read_seen(&mut input)?;
     let (keys, hash_anew) = read_keys(&mut input, revision)?;
-    let hash = input.hash.digest();
+    let hash = input.digest();
     if input.number()? != hash {
         return Err(BadImage::Damaged("its checksum does not match"));
     }
@@ -84,7 +83,7 @@ pub fn read_image(image: impl Read) -> Result<State, BadImage> {
         return Err(BadImage::Damaged("the hash of its content does not match"));
     }
     // The end of the image tells whoever delivers it that it was all there.
-    if input.input.read(&mut [0])? != 0 {
+    if !input.is_at_end()? {
         return Err(BadImage::Damaged("bytes follow its end"));
     }
     Ok(State { keys, revision, applied, content_hash, log_hash, seen })
@@ -132,31 +131,98 @@ fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdM
     Ok((keys, content_hash))
 }
 
+/// Gathers small pieces: to hash and to pass on each by itself would cost more than all else.
 struct HashedWriter<'a> {
     out: &'a mut dyn Write,
     hash: Xxh3,
+    /// Neither hashed nor written yet.
+    gathered: Vec<u8>,
 }
 
-impl HashedWriter<'_> {
+impl<'a> HashedWriter<'a> {
+    fn new(out: &'a mut dyn Write) -> Self {
+        HashedWriter { out, hash: Xxh3::new(), gathered: Vec::with_capacity(STEP_BYTES) }
+    }
+
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hash.update(bytes);
-        self.out.write_all(bytes)
+        if self.gathered.len() + bytes.len() > STEP_BYTES {
+            self.flush()?;
+            if bytes.len() > STEP_BYTES {
+                self.hash.update(bytes);
+                return self.out.write_all(bytes);
+            }
+        }
+        self.gathered.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.hash.update(&self.gathered);
+        self.out.write_all(&self.gathered)?;
+        self.gathered.clear();
+        Ok(())
+    }
+
+    /// The hash of all that was put ends the image.
+    fn end(mut self) -> io::Result<()> {
+        self.flush()?;
+        self.out.write_all(&self.hash.digest().to_le_bytes())
     }
 }
 
+/// Reads in large steps, and hashes what was taken of one when the next is read.
 struct HashedReader<R: Read> {
-    input: BufReader<R>,
+    input: R,
     hash: Xxh3,
+    step: Box<[u8]>,
+    /// Of `step`: what was hashed, what was taken, what was read.
+    hashed: usize,
+    taken: usize,
+    read: usize,
 }
 
 impl<R: Read> HashedReader<R> {
-    fn fill(&mut self, buffer: &mut [u8]) -> Result<(), BadImage> {
-        self.input.read_exact(buffer).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => BadImage::Damaged("it is cut short"),
-            _ => BadImage::Read(error),
-        })?;
-        self.hash.update(buffer);
+    fn new(input: R) -> Self {
+        let step = vec![0; STEP_BYTES].into_boxed_slice();
+        HashedReader { input, hash: Xxh3::new(), step, hashed: 0, taken: 0, read: 0 }
+    }
+
+    fn fill(&mut self, mut buffer: &mut [u8]) -> Result<(), BadImage> {
+        while !buffer.is_empty() {
+            if self.taken == self.read && !self.read_on()? {
+                return Err(BadImage::Damaged("it is cut short"));
+            }
+            let len = buffer.len().min(self.read - self.taken);
+            let (part, rest) = buffer.split_at_mut(len);
+            part.copy_from_slice(&self.step[self.taken..self.taken + len]);
+            self.taken += len;
+            buffer = rest;
+        }
         Ok(())
+    }
+
+    /// Reads the next step, when all of the last is taken. False at the end.
+    fn read_on(&mut self) -> Result<bool, BadImage> {
+        self.hash.update(&self.step[self.hashed..self.taken]);
+        (self.hashed, self.taken, self.read) = (0, 0, 0);
+        self.read = loop {
+            match self.input.read(&mut self.step) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                outcome => break outcome?,
+            }
+        };
+        Ok(self.read > 0)
+    }
+
+    /// Of all that was taken.
+    fn digest(&mut self) -> u64 {
+        self.hash.update(&self.step[self.hashed..self.taken]);
+        self.hashed = self.taken;
+        self.hash.digest()
+    }
+
+    fn is_at_end(&mut self) -> Result<bool, BadImage> {
+        Ok(self.taken == self.read && !self.read_on()?)
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], BadImage> {

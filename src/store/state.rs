@@ -19,6 +19,9 @@ pub(super) const WINDOW_SIZE: usize = 1 << 16;
 /// Less than this is hashed in one piece, which takes a copy; a hasher that is fed piece by piece is a kilobyte to set up.
 const HASHED_AT_ONCE_BYTES_MAX: usize = 512;
 
+/// The largest value that is copied out of its log entry, in bytes.
+const COPIED_BYTES_MAX: usize = 4 << 10;
+
 /// A key's value and history. Revisions are the store's (etcd's rule): it starts at 1 and rises with each write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyValue {
@@ -108,8 +111,7 @@ impl State {
         }
         self.revision += 1;
         match parsed {
-            // The slice keeps the log entry's buffer alive, and costs no copy.
-            Command::Put { key, value } => self.put(key, command.slice_ref(value)),
+            Command::Put { key, value } => self.put(key, kept(value, command)),
         }
         Ok(Outcome::Applied(Answer::Put { revision: self.revision }))
     }
@@ -185,6 +187,12 @@ impl State {
         };
         self.content_hash = self.content_hash.wrapping_sub(old).wrapping_add(new);
     }
+}
+
+/// A value as it is kept. A small one is copied: as a slice of its log entry it would keep all of that in memory, for as long
+/// as nobody writes the key again. A large one is not worth a copy.
+fn kept(value: &[u8], command: &Bytes) -> Bytes {
+    if value.len() <= COPIED_BYTES_MAX { Box::<[u8]>::from(value).into() } else { command.slice_ref(value) }
 }
 
 #[cfg(test)]
