@@ -3,7 +3,12 @@
 
 use std::process::ExitCode;
 
+use mimalloc::MiMalloc;
 use raftkv::{cli, logs, server};
+
+/// What a write allocates is mostly freed on another thread than it was made on.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let args = match cli::parse(std::env::args_os()) {
