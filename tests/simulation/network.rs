@@ -342,7 +342,12 @@ impl World {
     }
 
     fn open(&mut self, listener: (u64, u64), speaker: (u64, u64)) {
-        if self.process(listener.0, listener.1).is_none() || self.process(speaker.0, speaker.1).is_none() {
+        // Whoever was parted from meanwhile is to introduce itself again.
+        let knows = |(id, life), (other, _)| {
+            let known = self.process(id, life).map(|process| &process.known);
+            known.is_some_and(|known| known.peers.contains(&other) || known.visitors.contains(&other))
+        };
+        if !knows(listener, speaker) || !knows(speaker, listener) {
             return;
         }
         let leader = self.known(speaker.0).leader;
