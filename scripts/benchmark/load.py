@@ -14,10 +14,11 @@ class Generator:
     def __init__(self, binary):
         self.binary = binary
 
-    def run(self, cluster, *flags, clients=64, port=None):
-        """The figures of `raftkv bench` at the leader, or at `port`."""
-        port = port or cluster.leader().port
-        command = [self.binary, "bench", "--output", "json", *cluster.clients(clients), *flags, f"http://127.0.0.1:{port}"]
+    def run(self, cluster, *flags, clients=64):
+        """The figures of `raftkv bench` at the leader."""
+        port = cluster.leader().port
+        command = [self.binary, "bench", "--output", "json", *cluster.clients(clients), *flags]
+        command.append(f"http://127.0.0.1:{port}")
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode != 0:
             raise Failed(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -33,8 +34,8 @@ class Generator:
         operations = figures["operations"]
         if figures["failed"]:
             print(f"{cluster.name}: {figures['failures']}", flush=True)
-        cost = {key: after[key] - before[key] for key in before}
-        return {
+        cost = {key: after[key] - before[key] for key in before if before[key] is not None}
+        values = {
             "rate": figures["operations_per_second"],
             "p50": kind["latency"]["p50_us"] / 1000,
             "p99": kind["latency"]["p99_us"] / 1000,
@@ -42,9 +43,11 @@ class Generator:
             "cpu": 1e5 * cost["cpu"] / operations,
             "generator": 1e5 * figures["generator"]["cpu_seconds"] / operations,
             "syncs": cost["syncs"] / operations,
-            "written": cost["written"] / operations,
             "memory": cluster.peak_bytes() / 1e6,
-        }, figures
+        }
+        if "written" in cost:
+            values["written"] = cost["written"] / operations
+        return values, figures
 
     def fill(self, cluster, keys, value_bytes):
         """Writes each key once, as fast as it goes."""

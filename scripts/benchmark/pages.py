@@ -34,8 +34,8 @@ def table(head, rows):
 
 
 def compare(metrics, results, floor=None):
-    """A table of metrics by system. `metrics` is (title, key, unit); `results` is {system: {key: [a value a pair]}}. The
-    ratios are raftkv's to each other system's, and to its floor's."""
+    """A table of metrics by system. `metrics` is (title, key, unit); `results` is {system: {key: [a value a pair]}}.
+    The ratios are raftkv's to each other system's, and to its floor's."""
     others = [system for system in results if system != "raftkv"]
     head = ["", *results, *(f"raftkv ÷ {other}" + (" (floor)" if other == floor else "") for other in others)]
     rows = []
@@ -78,11 +78,11 @@ def bars(path, title, groups):
         for index, (system, values) in enumerate(systems.items()):
             x, middle = start + group_width * 0.1 + index * bar, statistics.median(values)
             colour = COLOURS[system]
-            out.append(f'<rect x="{x:.1f}" y="{y(middle):.1f}" width="{bar * 0.9:.1f}" '
-                       f'height="{y(0) - y(middle):.1f}" fill="{colour}"><title>{system} {spread(values)}</title></rect>')
+            size = f'width="{bar * 0.9:.1f}" height="{y(0) - y(middle):.1f}" fill="{colour}"'
+            out.append(f'<rect x="{x:.1f}" y="{y(middle):.1f}" {size}><title>{system} {spread(values)}</title></rect>')
             line = f"M{x + bar * 0.45:.1f} {y(min(values)):.1f}V{y(max(values)):.1f}"
             out.append(f'<path d="{line}" stroke="#000"/>')
-        out.append(f'<text x="{start + group_width / 2:.1f}" y="{height - 16}" text-anchor="middle">{escape(group)}</text>')
+        out.append(label(start + group_width / 2, height - 16, group))
     out.append(legend(list(next(iter(groups.values()))), width))
     save(path, out)
 
@@ -104,7 +104,7 @@ def curves(path, title, systems):
         out.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{number(10.0**exponent / 1000)} ms</text>')
     for nine in range(right + 1):
         percentile = 100 - 10.0 ** (2 - nine)
-        out.append(f'<text x="{x(percentile):.1f}" y="{height - 16}" text-anchor="middle">{percentile:.{max(0, nine - 2)}f} %</text>')
+        out.append(label(x(percentile), height - 16, f"{percentile:.{max(0, nine - 2)}f} %"))
     for system, curve in systems.items():
         line = " ".join(f"{x(percentile):.1f},{y(micros):.1f}" for percentile, micros in curve)
         out.append(f'<polyline fill="none" stroke="{COLOURS[system]}" stroke-width="1.5" points="{line}"/>')
@@ -113,8 +113,13 @@ def curves(path, title, systems):
 
 
 def frame(width, height, title):
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
-    return f'{opening}\n<rect width="{width}" height="{height}" fill="#fff"/>\n<text x="10" y="18">{escape(title)}</text>'
+    box = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12"'
+    white = f'<rect width="{width}" height="{height}" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>\n{white}\n<text x="10" y="18">{escape(title)}</text>'
+
+
+def label(x, y, text):
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>'
 
 
 def legend(systems, width):

@@ -21,7 +21,7 @@ COSTS = [
     ("CPU of all servers, 100,000 operations", "cpu", "s"),
     ("CPU of the generator, 100,000 operations", "generator", "s"),
     ("syncs, an operation", "syncs", ""),
-    ("written to disk, an operation", "written", "bytes"),
+    ("written to the disk, an operation", "written", "bytes"),
     ("peak memory of a node", "memory", "MB"),
 ]
 LATENCIES = [
@@ -42,6 +42,8 @@ class Bench:
         self.generator = Generator(programs["raftkv"])
         self.systems = [Raftkv] + ([Etcd] if programs.get("etcd") else [])
         self.running = []
+        # The machine's own, before anything was measured.
+        self.load_before = 0.0
 
     def start(self, system, count):
         program = {"raftkv": "raftkv", "etcd": "etcd", "etcd-json": "etcd", "echo": "echo"}[system.name]
@@ -90,7 +92,8 @@ def writes(bench):
     for count in (3, 1):
         results, figures = bench.compare(systems, count, flags, (64, 256))
         for clients, by_system in results.items():
-            text += f"\n{nodes(count)}, {clients} clients, writes of {VALUE_BYTES} bytes to {KEYS:,} keys at the leader:\n\n"
+            text += f"\n{nodes(count)}, {clients} clients, writes of {VALUE_BYTES} bytes to {KEYS:,} keys at the leader:\n"
+            text += "\n"
             text += pages.compare(LATENCIES + COSTS, by_system, "echo")
             servers = {system: values["rate"] for system, values in by_system.items() if system != "echo"}
             groups[f"{nodes(count)}, {clients} clients"] = servers
@@ -163,8 +166,8 @@ def memory(bench):
         ("a member restarts in", "restart", "s"),
         ("its peak memory by then", "restart_peak", "MB"),
     ]
-    head = f"\nThree nodes, the third not started; {bench.many_keys:,} keys of {MANY_VALUE_BYTES} bytes, each written once:\n\n"
-    return head + pages.compare(metrics, results)
+    head = f"\nThree nodes, the third not started; {bench.many_keys:,} keys of {MANY_VALUE_BYTES} bytes, each written once:"
+    return head + "\n\n" + pages.compare(metrics, results)
 
 
 def large_state(bench, cluster):
@@ -225,8 +228,8 @@ def start(bench):
             until_written(cluster, cluster.nodes[0], f"start-{trial}")
             results[system.name]["time"].append(1000 * (time.monotonic() - begin))
             bench.stop()
-    text = f"\n{bench.trials} trials each; a write that has no answer in {RETRY_SECONDS * 1000:.0f} ms is sent anew:\n\n"
-    return text + pages.compare([("three fresh nodes to the first write", "time", "ms")], results)
+    text = f"\n{bench.trials} trials each; a write that has no answer in {RETRY_SECONDS * 1000:.0f} ms is sent anew:"
+    return text + "\n\n" + pages.compare([("three fresh nodes to the first write", "time", "ms")], results)
 
 
 def until_written(cluster, node, key):
@@ -257,12 +260,14 @@ def snapshot(bench):
         ("longest write with one", "busy_max", "ms"),
         ("windows with one, of 12", "taken", ""),
     ]
-    return f"\nThree nodes, {bench.many_keys:,} keys, 64 clients, 12 windows of 5 s:\n\n" + pages.compare(metrics, results)
+    text = f"\nThree nodes, {bench.many_keys:,} keys, 64 clients, 12 windows of 5 s:\n\n"
+    return text + pages.compare(metrics, results)
 
 
 def windows(bench, cluster):
     quiet, busy = [], []
-    flags = ["--keys", str(bench.many_keys), "--value-bytes", str(MANY_VALUE_BYTES), "--warm-up", "0s", "--duration", "5s"]
+    flags = ["--keys", str(bench.many_keys), "--value-bytes", str(MANY_VALUE_BYTES)]
+    flags += ["--warm-up", "0s", "--duration", "5s"]
     count = lambda: [cluster.snapshots(node) for node in cluster.nodes]
     for _ in range(12):
         before = count()

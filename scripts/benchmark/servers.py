@@ -1,5 +1,5 @@
-"""What is measured: clusters of raftkv and of etcd on loopback, and the bare echo. Starts them below target/bench/, knows
-who leads, and reads from /proc and from their own metrics what they cost."""
+"""What is measured: clusters of raftkv and of etcd on loopback, and the bare echo. Starts them below target/bench/,
+knows who leads, and reads from the kernel and from their own metrics what they cost."""
 
 import base64
 import http.client
@@ -46,6 +46,14 @@ def wait_for(what, condition, seconds=READY_SECONDS, pause=0.01):
     raise Failed(f"after {seconds} s still not: {what}")
 
 
+def written_bytes():
+    """What the disk below HOME has taken, whoever wrote it; None where the kernel does not tell. Not `write_bytes` of
+    /proc/PID/io: that counts the page cache's whole folio, megabytes perhaps, for each byte that is changed in it."""
+    device = HOME.parent.stat().st_dev
+    stat = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+    return int(stat.read_text().split()[6]) * 512 if stat.exists() else None
+
+
 class Node:
     """One process and its directory."""
 
@@ -73,9 +81,6 @@ class Node:
         # Behind the name, in parentheses, comes the state, the third field; the times are the 14th and 15th.
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND
-
-    def written_bytes(self):
-        return int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{self.process.pid}/io").read_text(), re.M)[1])
 
     def memory_bytes(self, field):
         """`VmHWM`, the most that there ever was, or `VmRSS`, what there is."""
@@ -130,7 +135,7 @@ class Cluster:
         running = [node for node in self.nodes if node.runs()]
         return {
             "cpu": sum(node.cpu_seconds() for node in running),
-            "written": sum(node.written_bytes() for node in running),
+            "written": written_bytes(),
             "syncs": sum(self.syncs(node) for node in running),
         }
 
@@ -242,7 +247,8 @@ class Etcd(Cluster):
         """Old revisions go, as they would where etcd is looked after."""
         node = self.leader()
         revision = int(self.status(node)["header"]["revision"])
-        ask(node.port, "/v3/kv/compaction", json.dumps({"revision": str(revision), "physical": True}).encode(), timeout=600)
+        body = json.dumps({"revision": str(revision), "physical": True})
+        ask(node.port, "/v3/kv/compaction", body.encode(), timeout=600)
 
 
 class EtcdJson(Etcd):
