@@ -92,8 +92,8 @@ def writes(bench):
     for count in (3, 1):
         results, figures = bench.compare(systems, count, flags, (64, 256))
         for clients, by_system in results.items():
-            text += f"\n{nodes(count)}, {clients} clients, writes of {VALUE_BYTES} bytes to {KEYS:,} keys at the leader:\n"
-            text += "\n"
+            text += f"\n{nodes(count)}, {clients} clients, {VALUE_BYTES} bytes to {KEYS:,} keys at the leader:"
+            text += "\n\n"
             text += pages.compare(LATENCIES + COSTS, by_system, "echo")
             servers = {system: values["rate"] for system, values in by_system.items() if system != "echo"}
             groups[f"{nodes(count)}, {clients} clients"] = servers
@@ -166,7 +166,7 @@ def memory(bench):
         ("a member restarts in", "restart", "s"),
         ("its peak memory by then", "restart_peak", "MB"),
     ]
-    head = f"\nThree nodes, the third not started; {bench.many_keys:,} keys of {MANY_VALUE_BYTES} bytes, each written once:"
+    head = f"\nThree nodes, the third not started; {bench.many_keys:,} keys of {MANY_VALUE_BYTES} bytes, written once:"
     return head + "\n\n" + pages.compare(metrics, results)
 
 
