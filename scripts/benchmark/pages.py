@@ -61,17 +61,17 @@ def write_page(part, text):
 
 def bars(path, title, groups):
     """Bars in groups, {group: {system: [values]}}: the median, and a line from the least to the most."""
-    width, height, left, top, bottom = 640, 300, 70, 40, 40
+    width, height, left, margin, top, bottom = 640, 300, 70, 36, 40, 40
     high = max((max(values) for systems in groups.values() for values in systems.values()), default=1) or 1
     step = 10 ** math.floor(math.log10(high))
-    high = next(step * factor for factor in (1, 2, 5, 10) if step * factor >= high)
+    high = next(step * factor for factor in (1, 2, 3, 5, 10) if step * factor >= high)
     y = lambda value: top + (height - top - bottom) * (1 - value / high)
     out = [frame(width, height, title)]
     for quarter in range(5):
         value = high * quarter / 4
-        out.append(f'<path d="M{left} {y(value):.1f}H{width - 20}" stroke="#ddd"/>')
+        out.append(f'<path d="M{left} {y(value):.1f}H{width - margin}" stroke="#ddd"/>')
         out.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    group_width = (width - left - 20) / len(groups)
+    group_width = (width - left - margin) / len(groups)
     for place, (group, systems) in enumerate(groups.items()):
         start = left + place * group_width
         bar = group_width * 0.8 / len(systems)
@@ -89,18 +89,18 @@ def bars(path, title, groups):
 
 def curves(path, title, systems):
     """Latency by percentile, {system: [(percentile, microseconds)]}, each nine as wide as the other."""
-    width, height, left, top, bottom = 640, 300, 70, 40, 40
+    width, height, left, margin, top, bottom = 640, 300, 70, 36, 40, 40
     nines = lambda percentile: -math.log10(1 - percentile / 100)
     points = [point for curve in systems.values() for point in curve]
     right = math.ceil(max((nines(point[0]) for point in points), default=2))
     low = math.floor(math.log10(max(0.1, min(point[1] for point in points))))
     high = max(low + 1, math.ceil(math.log10(max(point[1] for point in points))))
-    x = lambda percentile: left + nines(percentile) / right * (width - left - 20)
+    x = lambda percentile: left + nines(percentile) / right * (width - left - margin)
     y = lambda micros: top + (height - top - bottom) * (1 - (math.log10(max(0.1, micros)) - low) / (high - low))
     out = [frame(width, height, title)]
     for exponent in range(low, high + 1):
         at = y(10.0**exponent)
-        out.append(f'<path d="M{left} {at:.1f}H{width - 20}" stroke="#ddd"/>')
+        out.append(f'<path d="M{left} {at:.1f}H{width - margin}" stroke="#ddd"/>')
         out.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{number(10.0**exponent / 1000)} ms</text>')
     for nine in range(right + 1):
         percentile = 100 - 10.0 ** (2 - nine)

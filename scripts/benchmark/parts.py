@@ -96,11 +96,11 @@ def writes(bench):
             text += "\n\n"
             text += pages.compare(LATENCIES + COSTS, by_system, "echo")
             servers = {system: values["rate"] for system, values in by_system.items() if system != "echo"}
-            groups[f"{nodes(count)}, {clients} clients"] = servers
+            groups[f"{count} × {clients} clients"] = servers
         if count == 3:
             curves = {system: last["writes"]["curve"] for system, last in figures[64].items() if system != "echo"}
             pages.curves("writes-latency.svg", "Latency of writes, three nodes, 64 clients", curves)
-    pages.bars("writes.svg", "Writes a second", groups)
+    pages.bars("writes.svg", "Writes a second, nodes × clients", groups)
     return text + "\n![Writes a second](performance/writes.svg)\n![Latency](performance/writes-latency.svg)\n"
 
 

@@ -307,6 +307,7 @@ impl Part<'_> {
                 templates: Rc::new(Templates::new(plan.protocol, plan.consistency, address, &value)),
                 pipeline: plan.pipeline,
                 timeout: plan.timeout,
+                endless: plan.duration.is_none(),
                 tally: tally.clone(),
             };
             if plan.protocol == Protocol::Etcd {

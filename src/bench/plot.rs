@@ -7,7 +7,7 @@ use super::Report;
 
 const WIDTH: f64 = 760.0;
 const LEFT: f64 = 70.0;
-const RIGHT: f64 = 20.0;
+const RIGHT: f64 = 36.0;
 const PANEL: f64 = 240.0;
 const GAP: f64 = 80.0;
 const TOP: f64 = 50.0;

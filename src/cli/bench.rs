@@ -104,7 +104,7 @@ struct Flags {
     #[arg(value_parser = value(|text| duration(text, WARM_UP)))]
     warm_up: Duration,
 
-    /// Ends after so many operations behind the warm-up
+    /// Ends after so many operations behind the warm-up; sooner if the servers are gone for --timeout
     #[arg(long, value_name = "N", help_heading = "Load", value_parser = value(|text| number(text, 1..=u64::MAX)))]
     stop_after: Option<u64>,
 

@@ -1,11 +1,11 @@
 //! `raftkv bench` against nodes that run: the figures are there and true, and the exit code says how it went.
 
 use std::collections::BTreeMap;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use serde_json::Value;
 
-use crate::harness::{Cluster, free_port, raftkv, request};
+use crate::harness::{Cluster, free_port, raftkv, request, wait_for};
 
 fn bench(args: &[&str]) -> Output {
     raftkv(&["bench"]).args(args).output().unwrap()
@@ -87,6 +87,24 @@ fn failures_are_told_by_kind_and_a_run_of_nothing_else_ends_with_1() {
     assert_eq!((output.status.code(), stderr.lines().count(), output.stdout.len()), (Some(1), 1, 0));
 }
 
+#[test]
+fn a_run_without_a_duration_does_not_wait_for_a_server_that_is_gone() {
+    let mut cluster = Cluster::start(1);
+    let url = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
+    let mut load = raftkv(&["bench", "--stop-after", "1000000000", "--warm-up", "0s", "--timeout", "500ms", &url])
+        .args(["--connections", "2", "--output", "json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let node = &mut cluster.nodes[0];
+    wait_for("writes arrive", || (node.status()?["revision"].as_u64()? > 10).then_some(()));
+    node.kill();
+    wait_for("the load ends", || load.try_wait().unwrap());
+    let report: Value = serde_json::from_slice(&load.wait_with_output().unwrap().stdout).unwrap();
+    assert!(report["operations"].as_u64().unwrap() > 0, "{report}");
+    assert!(report["failures"]["no connection"].as_u64().unwrap() > 0, "{report}");
+}
+
 /// The server goes and comes back under load: what was in flight fails, the load connects again, and nothing that was
 /// due in an open loop is forgotten.
 #[test]
@@ -94,17 +112,17 @@ fn a_restart_under_load_is_ridden_out() {
     let mut cluster = Cluster::start(1);
     let url = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
     let before = request("GET", cluster.nodes[0].port, "/status", b"").unwrap().json()["revision"].as_u64().unwrap();
-    let mut load = raftkv(&["bench", "--rate", "500", "--arrivals", "fixed", "--connections", "2", "--warm-up", "0s"])
-        .args(["--duration", "2s", "--timeout", "60s", "--output", "json", &url])
-        .stdout(std::process::Stdio::piped())
+    let mut load = raftkv(&["bench", "--rate", "200", "--arrivals", "fixed", "--connections", "2", "--warm-up", "0s"])
+        .args(["--duration", "5s", "--timeout", "60s", "--output", "json", &url])
+        .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let node = &mut cluster.nodes[0];
-    crate::harness::wait_for("writes arrive", || (node.status()?["revision"].as_u64()? > before).then_some(()));
+    wait_for("writes arrive", || (node.status()?["revision"].as_u64()? > before).then_some(()));
     node.kill();
     node.start();
     node.wait_ready();
-    crate::harness::wait_for("the load ends", || load.try_wait().unwrap());
+    wait_for("the load ends", || load.try_wait().unwrap());
     let output = load.wait_with_output().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let failures: BTreeMap<String, u64> = serde_json::from_value(report["failures"].clone()).unwrap();
