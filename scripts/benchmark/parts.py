@@ -174,7 +174,7 @@ def large_state(bench, cluster):
     for node in cluster.nodes[:2]:
         wipe_and_start(cluster, node)
     for node in cluster.nodes[:2]:
-        wait_for(f"{node.name} is ready", lambda node=node: cluster.is_ready(node))
+        cluster.wait_ready(node)
     begin = time.monotonic()
     bench.generator.fill(cluster, bench.many_keys, MANY_VALUE_BYTES)
     values = {"fill": time.monotonic() - begin}
@@ -210,7 +210,7 @@ def failover(bench):
             until_written(cluster, survivor, f"failover-{trial}")
             results[cluster.name]["time"].append(1000 * (time.monotonic() - begin))
             leader.start()
-            wait_for(f"{leader.name} is back", lambda: cluster.is_ready(leader))
+            cluster.wait_ready(leader)
     bench.stop()
     text = f"\nThree nodes, {bench.trials} trials each; a write that has no answer in {RETRY_SECONDS * 1000:.0f} ms is "
     text += "sent anew (etcd's through its gateway):\n\n"

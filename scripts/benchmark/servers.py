@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -44,6 +45,22 @@ def wait_for(what, condition, seconds=READY_SECONDS, pause=0.01):
             return found
         time.sleep(pause)
     raise Failed(f"after {seconds} s still not: {what}")
+
+
+def free_ports():
+    """The first of a hundred ports that nobody has: below those that the kernel takes for outgoing connections."""
+    blocks = range(10_000, 32_000, 100)
+    first = os.getpid() % len(blocks)
+    for base in [*blocks[first:], *blocks[:first]]:
+        try:
+            for port in range(base, base + 100):
+                with socket.socket() as listener:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    listener.bind(("127.0.0.1", port))
+            return base
+        except OSError:
+            continue
+    raise Failed("there are no hundred free ports in a row")
 
 
 def written_bytes():
@@ -113,9 +130,18 @@ class Cluster:
     def start_ready(self):
         self.start()
         for node in self.nodes:
-            wait_for(f"{node.name} is ready", lambda node=node: self.is_ready(node))
+            self.wait_ready(node)
         self.leader()
         return self
+
+    def wait_ready(self, node):
+        def ready():
+            if node.process.poll() is not None:
+                lines = node.dir.with_suffix(".log").read_text().splitlines()
+                raise Failed(f"{node.name} has ended: {lines[-1] if lines else 'it says nothing'}")
+            return self.is_ready(node)
+
+        wait_for(f"{node.name} is ready", ready)
 
     def stop(self):
         for node in self.nodes:
@@ -151,7 +177,8 @@ class Raftkv(Cluster):
 
     name = "raftkv"
 
-    def __init__(self, binary, count, port=9200):
+    def __init__(self, binary, count):
+        port = free_ports()
         self.clients = lambda clients: ["--protocol", "http", "--connections", str(clients)]
         members = ",".join(f"http://127.0.0.1:{port + 50 + id}" for id in range(1, count + 1))
         nodes = []
@@ -197,7 +224,8 @@ class Etcd(Cluster):
 
     name = "etcd"
 
-    def __init__(self, binary, count, port=9300):
+    def __init__(self, binary, count):
+        port = free_ports()
         self.clients = lambda clients: self.grpc(clients)
         members = ",".join(f"n{id}=http://127.0.0.1:{port + 50 + id}" for id in range(1, count + 1))
         nodes = []
@@ -266,7 +294,8 @@ class Echo(Cluster):
 
     name = "echo"
 
-    def __init__(self, binary, count=1, port=9400):
+    def __init__(self, binary, count=1):
+        port = free_ports()
         self.clients = lambda clients: ["--protocol", "plain", "--connections", str(clients)]
         super().__init__([Node("echo", port, [binary, f"127.0.0.1:{port}"])])
 
