@@ -4,6 +4,8 @@
 //! Called by `main` only. Starts nothing and touches no file: whether `--id` must be in `--cluster` depends on the
 //! data directory, so that is the server's to ask ([`Config::check_founding`]).
 
+pub mod bench;
+
 use std::env;
 use std::ffi::OsString;
 use std::fmt::{self, Display};
@@ -108,6 +110,9 @@ Examples:
     curl -L http://127.0.0.1:12380/my-key -XPUT -d hello
     curl -L http://127.0.0.1:32380/my-key
     curl -L http://127.0.0.1:22380/status
+
+Load, on this server or any other; raftkv bench --help tells more:
+    raftkv bench http://127.0.0.1:9121
 
 Exit codes: 0 stopped as asked, 1 stopped by a fault, 2 cannot start with these flags.";
 
@@ -278,6 +283,8 @@ fn one_line(error: &clap::Error, command: &clap::Command, args: &[OsString]) -> 
         ErrorKind::ValueValidation => {
             let name = variable(flag, command, args).unwrap_or_else(|| flag.to_owned());
             let why = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+            // A positional one is shown as `[ENDPOINT]...`.
+            let name = if name.starts_with('-') || name.starts_with("RAFTKV_") { name } else { "endpoint".to_owned() };
             format!("{name} {value:?}: {why}")
         }
         ErrorKind::InvalidValue => format!("{flag} has no value; use {arg}"),

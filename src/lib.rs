@@ -61,14 +61,17 @@
 //!
 //! [`channel`] (what goes up and what comes back), [`store`] (the service), `node::core` (raft and the order of
 //! effects), [`node`] (the task), [`wal`], [`transport`], [`kv`] and [`api`], and at last [`server`], which wires them.
+//! [`mod@bench`] stands apart: a client, and the load generator.
 //!
 //! # Who may use whom
 //!
 //! Data flows one way, and so do the imports; `tests/tidy.rs` holds them to it. [`cluster`], [`window`], [`blocking`],
-//! [`config`], [`metrics`] and [`channel`] are leaves. The node never sees the store, and cannot decode a command: whoever wants to
-//! replicate another service takes the two channels and writes another store.
+//! [`config`], [`metrics`] and [`channel`] are leaves. [`mod@bench`] uses none of them and meets the others over the
+//! network. The node never sees the store, and cannot decode a command: whoever wants to replicate another service
+//! takes the two channels and writes another store.
 
 pub mod api;
+pub mod bench;
 pub mod blocking;
 pub mod channel;
 pub mod cli;

@@ -49,6 +49,12 @@ fn help_and_version_go_to_stdout() {
             assert!(text.contains(part), "{flag} lacks {part}:\n{text}");
         }
     }
+    let output = run(&["bench", "--help"], &[]);
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
+    let text = String::from_utf8(output.stdout).expect("text");
+    for part in ["--connections", "--consistency", "Examples:", "raftkv bench --preload", "Exit codes:"] {
+        assert!(text.contains(part), "bench --help lacks {part}:\n{text}");
+    }
     for flag in ["--version", "-V", "-version"] {
         let output = run(&[flag], &[]);
         assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{flag}");
@@ -67,6 +73,9 @@ fn what_the_user_typed_wrong_ends_with_2_and_one_line() {
         (&["--log-format", "a\nb"], ["--log-format \"a\\nb\"", "text or json"]),
         (&["--electionticks", "5"], ["--electionticks", "did you mean --election-ticks?"]),
         (&["put", "my-key"], ["unexpected argument \"put\"", "--help"]),
+        (&["bench", "--rate", "0"], ["--rate \"0\"", "from 1"]),
+        (&["bench", "127.0.0.1:9121"], ["endpoint \"127.0.0.1:9121\"", "use http://HOST:PORT"]),
+        (&["--id", "1", "bench"], ["unexpected argument \"bench\"", "--help"]),
     ] {
         let line = refusal(args, &[]);
         assert!(parts.iter().all(|part| line.contains(part)), "{args:?}: {line}");

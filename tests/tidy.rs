@@ -11,8 +11,9 @@ use proc_macro2::{Delimiter, Spacing, TokenStream, TokenTree};
 /// Each room of `src/` and the rooms that it may import. `server` wires everything and `lib` declares it: both may use
 /// all. Tests are exempt.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("main", &["cli", "logs", "server"]),
-    ("cli", &["cluster", "config"]),
+    ("main", &["bench", "cli", "logs", "server"]),
+    ("cli", &["bench", "cluster", "config"]),
+    ("bench", &[]),
     ("logs", &["config"]),
     ("api", &["channel", "cluster", "command", "kv", "metrics"]),
     ("kv", &["channel", "command", "store"]),

@@ -14,7 +14,7 @@ use raft::eraftpb::Entry;
 use raftkv::channel::RequestId;
 use raftkv::command::Command;
 
-/// As in `scripts/load`.
+/// As in `scripts/bench`.
 const VALUE: [u8; 128] = [b'v'; 128];
 
 /// Entries after which a log is compacted, so that it does not grow for as long as somebody measures.

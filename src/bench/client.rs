@@ -1,0 +1,67 @@
+//! What every connection of a thread has at hand, whatever it speaks: where to connect, what to send, where to count.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+
+use super::Protocol;
+use super::source::Source;
+use super::tally::{Failure, Tally};
+use super::template::Templates;
+
+/// Pause before a server that broke a connection, or took none, is asked for another.
+pub const RECONNECT: Duration = Duration::from_millis(10);
+
+#[derive(Clone)]
+pub struct Client {
+    pub protocol: Protocol,
+    /// `HOST:PORT`.
+    pub address: String,
+    pub templates: Rc<Templates>,
+    pub pipeline: usize,
+    pub timeout: Duration,
+    /// The run ends by its number of operations alone.
+    pub endless: bool,
+    pub tally: Rc<RefCell<Tally>>,
+}
+
+impl Client {
+    pub async fn connect(&self) -> Result<TcpStream, Failure> {
+        let stream = match tokio::time::timeout(self.timeout, TcpStream::connect(&self.address)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(_)) | Err(_) => return Err(Failure::Unreachable),
+        };
+        // What is written is whole requests: nothing is won by waiting for more.
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    /// A run is over for good a while after its end, answered or not.
+    pub fn give_up_at(&self, source: &Source) -> Instant {
+        source.window().until + self.timeout
+    }
+
+    /// Whether the run's end makes another connection useless for `source`, after one broke by `failure`. What breaks
+    /// between requests took nothing with it, and does not count: whoever asks next finds out whether that matters.
+    pub fn is_hopeless(&self, source: &mut Source, failure: Failure) -> bool {
+        let mut tally = self.tally.borrow_mut();
+        if failure == Failure::Unreachable {
+            tally.fail(failure, 1);
+        }
+        let now = Instant::now();
+        let end = if self.endless {
+            // Else it would wait for ever for a server that is gone.
+            tally.last_answer.unwrap_or(source.window().from) + self.timeout
+        } else if source.is_closed_loop() {
+            source.window().until
+        } else {
+            self.give_up_at(source)
+        };
+        if now >= end && !self.endless {
+            tally.fail(Failure::Unsent, source.give_up());
+        }
+        now >= end
+    }
+}
