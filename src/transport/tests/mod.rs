@@ -154,6 +154,11 @@ impl Node {
         self.event("a refusal", wanted).await
     }
 
+    /// Whether the node heard nothing but that nobody is at an address.
+    fn is_silent(&mut self) -> bool {
+        std::iter::from_fn(|| self.events.try_recv().ok()).all(|event| matches!(event, Event::NobodyListens { .. }))
+    }
+
     fn count(&self, reason: &'static str) -> u64 {
         self.metrics.transport_refused.get_or_create(&Reason { reason }).get()
     }

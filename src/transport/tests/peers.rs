@@ -1,5 +1,7 @@
 //! Peers come, move, return and go.
 
+use super::super::dial::{connect, is_refused};
+use super::super::peer::Peer;
 use super::*;
 
 /// The last founder's start connects the cluster at once, however long the others waited: its own dials tell them.
@@ -233,4 +235,25 @@ async fn a_peer_that_moved_is_dialled_at_once() {
     }
     one.transport.set_peers(vec![member(2, &new_url)]);
     timeout(Duration::from_millis(400), new.accept()).await.expect("it is dialled").unwrap();
+}
+
+/// Refused connections are evidence that a process is gone, as long as no other address may lead to it.
+#[tokio::test]
+async fn nobody_listens_where_all_addresses_refuse() {
+    let (listener, url) = listen().await;
+    let mut one = Node::start(1, 1, listener, &url, vec![member(2, &dead_url().await)]);
+    let wanted = |event| matches!(event, Event::NobodyListens { peer: 2 }).then_some(());
+    one.event("that nobody listens", wanted).await;
+
+    let (dead, unknown) = (dead_url().await, PeerUrl::parse("http://nowhere.invalid:1").unwrap());
+    for (urls, all_refuse) in [
+        (vec![dead.clone()], true),
+        (vec![dead.clone(), dead_url().await], true),
+        (vec![dead.clone(), unknown.clone()], false),
+        (vec![unknown, dead], false),
+    ] {
+        let peer = Peer::new(2, urls, false, &Metrics::new(), CancellationToken::new());
+        let Err(error) = connect::<Full<Bytes>>(&peer).await else { panic!("somebody listens") };
+        assert_eq!(is_refused(&error), all_refuse, "{error}");
+    }
 }
