@@ -101,7 +101,7 @@ pub struct Core {
     /// The last write handed out, and the last reported durable.
     written: u64,
     persisted: u64,
-    /// Index of the last entry handed out, and the last write that replaced others.
+    /// Index of the last entry handed out, and the last write that replaced others, by a snapshot too.
     last_written: u64,
     replaced: u64,
     /// Term and vote as last written, and the write that changed them.
@@ -429,7 +429,7 @@ impl Core {
             if !ready.snapshot().is_empty() {
                 let metadata = ready.snapshot().get_metadata().clone();
                 self.raw.mut_store().restore(&metadata);
-                self.last_written = metadata.index;
+                (self.last_written, self.replaced) = (metadata.index, number);
                 snapshot = Some((metadata.index, metadata.term));
                 self.restoring = Some((number, metadata));
             }

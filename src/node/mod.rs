@@ -41,7 +41,7 @@ use self::reads::Reads;
 use self::snapshots::Snapshotting;
 pub use self::snapshots::{Policy, conf_state};
 use crate::blocking;
-use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, ServiceGone};
+use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, Role, ServiceGone};
 use crate::metrics::{Metrics, Reason};
 use crate::transport::{self, Meeting, Peers, Position, ProposeError};
 use crate::wal::snapshot::{Meta, Snapshots};
@@ -175,6 +175,8 @@ pub struct Node<A> {
     heard: BTreeMap<u64, u64>,
     /// How long the election clock still runs faster, in ticks of that.
     quick_ticks: usize,
+    /// Whose process was said to be gone last.
+    believed_gone: Leadership,
     /// Whether this node stood for election ahead of time, which it does once.
     stood_first: bool,
     /// The tick at which a stopping node no longer waits for a successor.
@@ -214,6 +216,7 @@ impl<A: Send + 'static> Node<A> {
             leading_since: 0,
             heard: BTreeMap::new(),
             quick_ticks: 0,
+            believed_gone: Leadership::default(),
             stood_first: false,
             stop_by: None,
             settings,
@@ -295,16 +298,21 @@ impl<A: Send + 'static> Node<A> {
         metrics.proposals_pending.set(self.pending.len() as i64);
     }
 
-    /// The system on which the leader ran says that it is gone. It can mean nothing else, so there is no silence to wait out;
-    /// a leader that is only slow, or cut off, still has its port. The random part of the time-outs, which keeps
-    /// candidates apart, runs faster for as long as two elections may take. Were it a mistake, those who hear from the
-    /// leader would refuse: raft's safety rests on no clock.
+    /// The system on which the leader ran says that nobody listens there: there is no silence to wait out. A leader that is
+    /// only slow, or cut off, still has its port. The random part of the time-outs, which keeps candidates apart, runs
+    /// faster for as long as two elections may take.
+    ///
+    /// It may be a mistake: a firewall that rejects connections, a wrong address. Then the leader is still heard, and whoever hears it
+    /// refuses to vote; and of one leadership it is believed once, so that it does not disturb over and over.
     fn leader_is_gone(&mut self) {
-        if self.members.may_vote() {
-            info!(leader = self.leadership.leader, "the leader's process is gone");
-            self.core.end_lease();
-            self.quick_ticks = 3 * self.settings.election_ticks;
+        let may_stand = self.members.may_vote() && self.core.role() == Role::Follower;
+        if !may_stand || self.believed_gone == self.leadership {
+            return;
         }
+        info!(leader = self.leadership.leader, "the leader's process is gone");
+        self.believed_gone = self.leadership;
+        self.core.end_lease();
+        self.quick_ticks = 3 * self.settings.election_ticks;
     }
 
     fn quick_tick(&mut self) {

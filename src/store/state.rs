@@ -16,7 +16,7 @@ use crate::window::{Seen, Window};
 /// Writes of one node that may overtake each other on their way into the log.
 pub(super) const WINDOW_SIZE: usize = 1 << 16;
 
-/// Less than this is hashed in one piece, which takes a copy; a hasher that is fed piece by piece is a kilobyte to set up.
+/// Up to this is hashed in one piece, which takes a copy; a hasher that is fed piece by piece is a kilobyte to set up.
 const HASHED_AT_ONCE_BYTES_MAX: usize = 512;
 
 /// The largest value that is copied out of its log entry, in bytes.

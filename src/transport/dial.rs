@@ -16,7 +16,7 @@ use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, Connection, SendRequest};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
 use super::handshake::{self, Denied, Refusal, Responder};
@@ -44,16 +44,14 @@ where
     B::Data: Send,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let mut failure = None;
+    let mut failure: Option<io::Error> = None;
     for (index, url) in peer.urls() {
         match connect_to(&url).await {
             Ok(connected) => {
                 peer.dialled(Some(index));
                 return Ok(connected);
             }
-            Err(error) => {
-                failure = failure.filter(|earlier| !is_refused(earlier)).or(Some(error));
-            }
+            Err(error) => failure = Some(combined(failure, error)),
         }
     }
     peer.dialled(None);
@@ -65,6 +63,23 @@ pub fn is_refused(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::ConnectionRefused
 }
 
+/// What several tries end in: a refusal only if all of them do.
+fn combined(earlier: Option<io::Error>, error: io::Error) -> io::Error {
+    earlier.filter(|earlier| !is_refused(earlier)).unwrap_or(error)
+}
+
+/// Connects to the first address of the URL that answers.
+async fn reach(url: &PeerUrl) -> io::Result<TcpStream> {
+    let mut failure = None;
+    for address in lookup_host(url.authority()).await? {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failure = Some(combined(failure, error)),
+        }
+    }
+    Err(failure.unwrap_or_else(|| io::Error::other("its name has no address")))
+}
+
 /// Connects to one URL. The error names it.
 pub async fn connect_to<B>(url: &PeerUrl) -> io::Result<Connected<B>>
 where
@@ -72,7 +87,7 @@ where
     B::Data: Send,
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    let opened = timeout(CONNECT_TIMEOUT, TcpStream::connect(url.authority())).await;
+    let opened = timeout(CONNECT_TIMEOUT, reach(url)).await;
     let opened = opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).and_then(no_delay);
     match opened {
         Ok(stream) => http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other),

@@ -305,6 +305,10 @@ impl World {
                 None if !lost && !self.scripted && self.rng.bool() => {
                     self.tell(id, life, Event::NobodyListens { peer });
                 }
+                // So does a firewall, of a process that is there.
+                Some(_) if lost && !self.scripted && self.chance(100) => {
+                    self.tell(id, life, Event::NobodyListens { peer });
+                }
                 _ => {
                     self.tell(id, life, Event::Unreachable { peer });
                 }
