@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
 use super::Protocol;
+use super::alarm::Alarms;
 use super::source::Source;
 use super::tally::{Failure, Tally};
 use super::template::Templates;
@@ -25,13 +26,15 @@ pub struct Client {
     /// The run ends by its number of operations alone.
     pub endless: bool,
     pub tally: Rc<RefCell<Tally>>,
+    pub alarms: Alarms,
 }
 
 impl Client {
     pub async fn connect(&self) -> Result<TcpStream, Failure> {
         let stream = match tokio::time::timeout(self.timeout, TcpStream::connect(&self.address)).await {
             Ok(Ok(stream)) => stream,
-            Ok(Err(_)) | Err(_) => return Err(Failure::Unreachable),
+            Ok(Err(error)) => return Err(Failure::from_connect(&error)),
+            Err(_) => return Err(Failure::Unreachable),
         };
         // What is written is whole requests: nothing is won by waiting for more.
         stream.set_nodelay(true)?;
@@ -47,7 +50,7 @@ impl Client {
     /// between requests took nothing with it, and does not count: whoever asks next finds out whether that matters.
     pub fn is_hopeless(&self, source: &mut Source, failure: Failure) -> bool {
         let mut tally = self.tally.borrow_mut();
-        if failure == Failure::Unreachable {
+        if matches!(failure, Failure::Unreachable | Failure::Exhausted) {
             tally.fail(failure, 1);
         }
         let now = Instant::now();

@@ -11,7 +11,6 @@ use tokio::net::TcpStream;
 use tokio::task::{JoinSet, spawn_local};
 use tracing::debug;
 
-use super::alarm::Alarm;
 use super::client::{Client, RECONNECT};
 use super::source::{Kind, Next, Operation, Source};
 use super::tally::{Answered, Failure};
@@ -74,7 +73,6 @@ async fn run(client: &Client, sources: Vec<Source>, send: SendRequest<Bytes>) ->
 /// Until the source is over, or the connection is.
 async fn call_after_call(client: &Client, source: &mut Source, mut send: SendRequest<Bytes>) -> Result<(), Failure> {
     let requests = Requests::new(&client.address);
-    let mut alarm = None;
     let mut body = Vec::new();
     loop {
         let now = Instant::now();
@@ -85,11 +83,7 @@ async fn call_after_call(client: &Client, source: &mut Source, mut send: SendReq
             Next::Send(operation) => operation,
             Next::Over => return Ok(()),
             Next::Wait(instant) => {
-                let alarm: &mut Alarm = match &mut alarm {
-                    Some(alarm) => alarm,
-                    None => alarm.insert(Alarm::new()?),
-                };
-                alarm.wait(instant).await?;
+                client.alarms.wait(instant).await;
                 continue;
             }
         };

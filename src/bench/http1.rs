@@ -12,7 +12,6 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep_until};
 
-use super::alarm::Alarm;
 use super::answer;
 use super::client::{Client, RECONNECT};
 use super::source::{Next, Operation, Source};
@@ -82,7 +81,6 @@ impl<'a> Pipe<'a> {
     }
 
     async fn exchange(&mut self) -> Result<(), Failure> {
-        let mut alarm = None;
         let give_up_at = self.client.give_up_at(self.source);
         let mut patience = pin!(sleep_until((Instant::now() + self.client.timeout).into()));
         loop {
@@ -95,15 +93,12 @@ impl<'a> Pipe<'a> {
             if now >= give_up_at {
                 return Err(Failure::TimedOut);
             }
-            if due.is_some() && alarm.is_none() {
-                alarm = Some(Alarm::new()?);
-            }
             let writing = self.written < self.output.len();
             let interest = if writing { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
             let wake = async {
-                match (&mut alarm, due) {
-                    (Some(alarm), Some(due)) => alarm.wait(due).await,
-                    (Some(_) | None, _) => std::future::pending().await,
+                match due {
+                    Some(due) => self.client.alarms.wait(due).await,
+                    None => std::future::pending().await,
                 }
             };
             tokio::select! {
@@ -113,7 +108,7 @@ impl<'a> Pipe<'a> {
                         self.read()?;
                     }
                 }
-                woken = wake => woken?,
+                () = wake => {}
                 () = patience.as_mut() => self.be_patient(patience.as_mut())?,
             }
         }

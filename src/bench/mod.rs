@@ -27,10 +27,13 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use tokio::task::{JoinSet, LocalSet};
+use tracing::debug;
 
+use self::alarm::Alarms;
 use self::client::Client;
 pub use self::keys::Distribution;
 use self::keys::Keys;
@@ -108,6 +111,7 @@ pub enum Error {
 
 /// Runs the plan, its preload first. Tells on stderr how it goes, if that is a terminal.
 pub fn run(plan: &Plan) -> Result<Report, Error> {
+    raise_open_files();
     // A process with hundreds of connections refused would tell it hundreds of times.
     for endpoint in &plan.endpoints {
         reach(endpoint).map_err(|error| Error::Unreachable { endpoint: endpoint.clone(), why: error.to_string() })?;
@@ -131,6 +135,15 @@ pub fn run(plan: &Plan) -> Result<Report, Error> {
     }
     let (tally, course) = attempt(plan, "load")?;
     Ok(Report::new(plan, tally, &course))
+}
+
+/// Each connection is an open file, and the soft limit of a shell is few.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        // Whoever runs into it is told by `Failure::Exhausted`.
+        debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn reach(endpoint: &str) -> io::Result<()> {
@@ -253,6 +266,13 @@ impl Part<'_> {
         };
         let tasks = LocalSet::new();
         tasks.block_on(&runtime, async {
+            let alarms = match Alarms::start() {
+                Ok(alarms) => alarms,
+                Err(error) => {
+                    tell(Err(error.into()));
+                    return nothing();
+                }
+            };
             let streams = match self.connect().await {
                 Ok(streams) => streams,
                 Err(error) => {
@@ -266,7 +286,7 @@ impl Part<'_> {
             // Nothing else is to be done on this thread meanwhile.
             let Ok(window) = start.recv() else { return nothing() };
             let tally = Rc::new(RefCell::new(Tally::new(window, progress.clone())));
-            self.drive(streams, window, &tally).await;
+            self.drive(streams, window, &tally, &alarms).await;
             tally.replace(nothing())
         })
     }
@@ -286,16 +306,25 @@ impl Part<'_> {
             let endpoint = self.endpoint(connection);
             let unreachable = |why: String| Error::Unreachable { endpoint: endpoint.to_owned(), why };
             let connected = tokio::time::timeout(self.plan.timeout, tokio::net::TcpStream::connect(endpoint)).await;
-            let stream = connected
-                .map_err(|_| unreachable(Failure::TimedOut.to_string()))?
-                .map_err(|error| unreachable(error.to_string()))?;
+            let stream = connected.map_err(|_| unreachable(Failure::TimedOut.to_string()))?.map_err(|error| {
+                match Failure::from_connect(&error) {
+                    Failure::Exhausted => unreachable(format!("{}: {error}", Failure::Exhausted)),
+                    _ => unreachable(error.to_string()),
+                }
+            })?;
             stream.set_nodelay(true)?;
             streams.push(stream);
         }
         Ok(streams)
     }
 
-    async fn drive(&self, streams: Vec<tokio::net::TcpStream>, window: Window, tally: &Rc<RefCell<Tally>>) {
+    async fn drive(
+        &self,
+        streams: Vec<tokio::net::TcpStream>,
+        window: Window,
+        tally: &Rc<RefCell<Tally>>,
+        alarms: &Alarms,
+    ) {
         let plan = self.plan;
         let value = value(plan.value_bytes, plan.seed);
         let mut connections = JoinSet::new();
@@ -309,6 +338,7 @@ impl Part<'_> {
                 timeout: plan.timeout,
                 endless: plan.duration.is_none(),
                 tally: tally.clone(),
+                alarms: alarms.clone(),
             };
             if plan.protocol == Protocol::Etcd {
                 let clients = connection * plan.pipeline..(connection + 1) * plan.pipeline;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use rustix::io::Errno;
 
 use super::source::{Kind, Operation, Window};
 
@@ -28,6 +29,8 @@ pub enum Failure {
     Grpc(u32),
     /// The server took no connection.
     Unreachable,
+    /// This machine gave no descriptor, port or memory for a connection: the server was not asked.
+    Exhausted,
     /// The connection broke with the operation under way.
     Broken,
     /// No answer in time.
@@ -39,8 +42,21 @@ pub enum Failure {
 }
 
 impl From<io::Error> for Failure {
-    fn from(_: io::Error) -> Self {
-        Failure::Broken
+    fn from(error: io::Error) -> Self {
+        Failure::local(&error).unwrap_or(Failure::Broken)
+    }
+}
+
+impl Failure {
+    /// Why there is no connection.
+    pub fn from_connect(error: &io::Error) -> Self {
+        Failure::local(error).unwrap_or(Failure::Unreachable)
+    }
+
+    /// Whether it is this side's limit that was met.
+    fn local(error: &io::Error) -> Option<Self> {
+        let local = [Errno::MFILE, Errno::NFILE, Errno::ADDRNOTAVAIL, Errno::NOBUFS, Errno::NOMEM];
+        Errno::from_io_error(error).is_some_and(|errno| local.contains(&errno)).then_some(Failure::Exhausted)
     }
 }
 
@@ -50,6 +66,7 @@ impl fmt::Display for Failure {
             Failure::Status(status) => write!(f, "status {status}"),
             Failure::Grpc(code) => write!(f, "grpc-status {code}"),
             Failure::Unreachable => f.write_str("no connection"),
+            Failure::Exhausted => f.write_str("out of open files, ports or memory at the generator"),
             Failure::Broken => f.write_str("connection broke"),
             Failure::TimedOut => f.write_str("timed out"),
             Failure::Malformed => f.write_str("malformed answer"),
@@ -176,6 +193,15 @@ fn nanos(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_of_the_generator_is_not_laid_on_the_server() {
+        let error = |errno: Errno| io::Error::from_raw_os_error(errno.raw_os_error());
+        assert_eq!(Failure::from_connect(&error(Errno::MFILE)), Failure::Exhausted);
+        assert_eq!(Failure::from(error(Errno::ADDRNOTAVAIL)), Failure::Exhausted);
+        assert_eq!(Failure::from_connect(&error(Errno::CONNREFUSED)), Failure::Unreachable);
+        assert_eq!(Failure::from(error(Errno::CONNRESET)), Failure::Broken);
+    }
 
     #[test]
     fn the_warm_up_is_left_out_and_threads_add_up() {
