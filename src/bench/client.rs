@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
@@ -20,7 +21,7 @@ pub struct Client {
     pub protocol: Protocol,
     /// `HOST:PORT`.
     pub address: String,
-    pub templates: Rc<Templates>,
+    pub templates: Arc<Templates>,
     pub pipeline: usize,
     pub timeout: Duration,
     /// The run ends by its number of operations alone.

@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::{JoinSet, spawn_local};
 use tracing::debug;
 
+use super::answer::BYTES_MAX;
 use super::client::{Client, RECONNECT};
 use super::source::{Kind, Next, Operation, Source};
 use super::tally::{Answered, Failure};
@@ -124,6 +125,9 @@ async fn call(
     while let Some(piece) = body.data().await {
         let piece = piece.map_err(broken)?;
         body.flow_control().release_capacity(piece.len()).map_err(broken)?;
+        if message.len() + piece.len() > BYTES_MAX {
+            return Err(Failure::Malformed);
+        }
         message.extend_from_slice(&piece);
     }
     let trailers = body.trailers().await.map_err(broken)?.ok_or(Failure::Malformed)?;

@@ -20,6 +20,8 @@ use super::template::Templates;
 
 /// What is read at once, at least.
 const READ_BYTES: usize = 16 << 10;
+/// More than this is not made ready ahead of a server that does not read, but for the last request's excess.
+const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
 
 /// Drives a connection until its source is over, connecting again where it breaks.
 pub async fn drive(client: Client, mut source: Source, stream: TcpStream) {
@@ -93,7 +95,7 @@ impl<'a> Pipe<'a> {
             if now >= give_up_at {
                 return Err(Failure::TimedOut);
             }
-            let writing = self.written < self.output.len();
+            let writing = self.unwritten() > 0;
             let interest = if writing { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
             let wake = async {
                 match due {
@@ -116,7 +118,7 @@ impl<'a> Pipe<'a> {
 
     /// Puts what is due into the output. Returns when more is due, and whether nothing ever will be.
     fn fill(&mut self, now: Instant) -> (Option<Instant>, bool) {
-        while self.in_flight.len() < self.client.pipeline {
+        while self.in_flight.len() < self.client.pipeline && self.unwritten() < UNWRITTEN_BYTES_MAX {
             match self.source.next(now) {
                 Next::Send(operation) => {
                     self.templates.append(&operation, &mut self.output);
@@ -129,11 +131,22 @@ impl<'a> Pipe<'a> {
         (None, false)
     }
 
+    fn unwritten(&self) -> usize {
+        self.output.len() - self.written
+    }
+
     fn write(&mut self) -> io::Result<()> {
-        while self.written < self.output.len() {
+        while self.unwritten() > 0 {
             match self.stream.try_write(&self.output[self.written..]) {
                 Ok(written) => self.written += written,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // Else it would grow for as long as it is never empty.
+                    if self.written >= UNWRITTEN_BYTES_MAX {
+                        self.output.drain(..self.written);
+                        self.written = 0;
+                    }
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -176,5 +189,73 @@ impl<'a> Pipe<'a> {
         }
         patience.as_mut().reset((oldest + self.client.timeout).into());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use tokio::task::LocalSet;
+
+    use super::super::alarm::Alarms;
+    use super::super::keys::{Distribution, Keys};
+    use super::super::source::{Arrivals, Budget, Load, Window};
+    use super::super::tally::{Progress, Tally};
+    use super::super::{Consistency, Protocol};
+    use super::*;
+
+    /// The server takes the connection and reads nothing.
+    #[tokio::test]
+    async fn what_a_server_does_not_read_is_not_piled_up() {
+        let body = async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap().to_string();
+            let begin = Instant::now();
+            let window = Window { begin, from: begin, until: begin + Duration::from_secs(3600) };
+            let client = Client {
+                protocol: Protocol::Http,
+                templates: Arc::new(Templates::new(
+                    Protocol::Http,
+                    Consistency::Linearizable,
+                    &address,
+                    &[b'v'; 1 << 16],
+                )),
+                address,
+                pipeline: 10_000,
+                timeout: Duration::from_secs(60),
+                endless: false,
+                tally: Rc::new(RefCell::new(Tally::new(window, Arc::new(Progress::default())))),
+                alarms: Alarms::start().unwrap(),
+            };
+            let load = Load {
+                keys: Keys::new(Distribution::Uniform, 9),
+                reads_percent: 0,
+                rate: None,
+                arrivals: Arrivals::Fixed,
+                budget: Arc::new(Budget::new(None)),
+                seed: 1,
+            };
+            let mut source = Source::new(&load, window, 0, 1);
+            let stream = client.connect().await.unwrap();
+            let mut pipe = Pipe::new(&client, &mut source, stream);
+            let most = UNWRITTEN_BYTES_MAX + (1 << 17);
+            // Until the kernel's buffers are full too.
+            while pipe.unwritten() < UNWRITTEN_BYTES_MAX {
+                pipe.stream.writable().await.unwrap();
+                pipe.fill(begin);
+                pipe.write().unwrap();
+                assert!(pipe.unwritten() <= most && pipe.output.len() <= UNWRITTEN_BYTES_MAX + most);
+                if pipe.unwritten() > 0 {
+                    pipe.fill(begin);
+                }
+            }
+            assert!(pipe.unwritten() <= most, "{}", pipe.unwritten());
+            assert!(pipe.in_flight.len() < client.pipeline);
+        };
+        LocalSet::new().run_until(body).await;
     }
 }

@@ -174,6 +174,10 @@ fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
         budget: Arc::new(Budget::new(plan.stop_after)),
         seed: plan.seed,
     };
+    // A value may be large, and the connections many: one copy for all that send it to the same server.
+    let value = value(plan.value_bytes, plan.seed);
+    let templates = |host: &String| Arc::new(Templates::new(plan.protocol, plan.consistency, host, &value));
+    let templates: Vec<_> = plan.endpoints.iter().map(templates).collect();
     let threads = plan.threads.min(plan.connections);
     let progress = Arc::new(Progress::default());
     let (ready_sender, ready) = mpsc::channel();
@@ -181,10 +185,11 @@ fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
     for thread in 0..threads {
         let (start_sender, start) = mpsc::channel();
         let (plan, load, progress, ready) = (plan.clone(), load.clone(), progress.clone(), ready_sender.clone());
+        let templates = templates.clone();
         starts.push(start_sender);
         let name = format!("bench-{thread}");
         handles.push(thread::Builder::new().name(name).spawn(move || {
-            let part = Part { plan: &plan, load: &load, thread, threads };
+            let part = Part { plan: &plan, load: &load, templates: &templates, thread, threads };
             part.run(&progress, &ready, &start)
         })?);
     }
@@ -240,6 +245,8 @@ fn cpu_seconds() -> f64 {
 struct Part<'a> {
     plan: &'a Plan,
     load: &'a Load,
+    /// By endpoint.
+    templates: &'a [Arc<Templates>],
     thread: usize,
     threads: usize,
 }
@@ -326,14 +333,12 @@ impl Part<'_> {
         alarms: &Alarms,
     ) {
         let plan = self.plan;
-        let value = value(plan.value_bytes, plan.seed);
         let mut connections = JoinSet::new();
         for (connection, stream) in self.connections().zip(streams) {
-            let address = self.endpoint(connection);
             let client = Client {
                 protocol: plan.protocol,
-                address: address.to_owned(),
-                templates: Rc::new(Templates::new(plan.protocol, plan.consistency, address, &value)),
+                address: self.endpoint(connection).to_owned(),
+                templates: self.templates[connection % plan.endpoints.len()].clone(),
                 pipeline: plan.pipeline,
                 timeout: plan.timeout,
                 endless: plan.duration.is_none(),
