@@ -9,8 +9,8 @@ use tokio::net::TcpStream;
 
 use super::Protocol;
 use super::alarm::Alarms;
-use super::source::Source;
-use super::tally::{Failure, Tally};
+use super::source::{Operation, Source};
+use super::tally::{Answered, Failure, Tally};
 use super::template::Templates;
 
 /// Pause before a server that broke a connection, or took none, is asked for another.
@@ -42,29 +42,48 @@ impl Client {
         Ok(stream)
     }
 
-    /// A run is over for good a while after its end, answered or not.
+    /// Counts how an operation ended, and has it done again if it must be and can be.
+    pub fn settle(
+        &self,
+        source: &mut Source,
+        operation: Operation,
+        sent: Instant,
+        now: Instant,
+        outcome: Result<Answered, Failure>,
+    ) {
+        self.tally.borrow_mut().record(&operation, sent, now, outcome);
+        if outcome.is_err_and(|failure| !failure.is_final()) {
+            source.put_back(operation, now);
+        }
+    }
+
+    /// A run is over for good a while after its end, answered or not; one that must not fail, when all else does.
     pub fn give_up_at(&self, source: &Source) -> Instant {
-        source.window().until + self.timeout
+        if source.insists() { self.patient_until(source) } else { source.window().until + self.timeout }
+    }
+
+    /// For how long after its last success a server may be gone.
+    fn patient_until(&self, source: &Source) -> Instant {
+        self.tally.borrow().last_answer.unwrap_or(source.window().from) + self.timeout
     }
 
     /// Whether the run's end makes another connection useless for `source`, after one broke by `failure`. What breaks
     /// between requests took nothing with it, and does not count: whoever asks next finds out whether that matters.
     pub fn is_hopeless(&self, source: &mut Source, failure: Failure) -> bool {
-        let mut tally = self.tally.borrow_mut();
         if matches!(failure, Failure::Unreachable | Failure::Exhausted) {
-            tally.fail(failure, 1);
+            self.tally.borrow_mut().fail(failure, 1);
         }
         let now = Instant::now();
         let end = if self.endless {
             // Else it would wait for ever for a server that is gone.
-            tally.last_answer.unwrap_or(source.window().from) + self.timeout
+            self.patient_until(source)
         } else if source.is_closed_loop() {
             source.window().until
         } else {
             self.give_up_at(source)
         };
         if now >= end && !self.endless {
-            tally.fail(Failure::Unsent, source.give_up());
+            self.tally.borrow_mut().fail(Failure::Unsent, source.give_up());
         }
         now >= end
     }

@@ -93,7 +93,7 @@ async fn call_after_call(client: &Client, source: &mut Source, mut send: SendReq
         let message = Bytes::copy_from_slice(&body);
         let called = call(&mut send, requests.of(operation.kind), message, &operation);
         let outcome = tokio::time::timeout(client.timeout, called).await.unwrap_or(Err(Failure::TimedOut));
-        client.tally.borrow_mut().record(&operation, now, Instant::now(), outcome);
+        client.settle(source, operation, now, Instant::now(), outcome);
         // A call that is given up leaves the connection to the others.
         if outcome == Err(Failure::Broken) {
             return Err(Failure::Broken);

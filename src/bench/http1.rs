@@ -74,16 +74,14 @@ impl<'a> Pipe<'a> {
         let end = self.exchange().await;
         if let Err(failure) = end {
             let now = Instant::now();
-            let mut tally = self.client.tally.borrow_mut();
             for (operation, sent) in self.in_flight.drain(..) {
-                tally.record(&operation, sent, now, Err(failure));
+                self.client.settle(self.source, operation, sent, now, Err(failure));
             }
         }
         end
     }
 
     async fn exchange(&mut self) -> Result<(), Failure> {
-        let give_up_at = self.client.give_up_at(self.source);
         let mut patience = pin!(sleep_until((Instant::now() + self.client.timeout).into()));
         loop {
             let now = Instant::now();
@@ -92,7 +90,7 @@ impl<'a> Pipe<'a> {
             if over && self.in_flight.is_empty() {
                 return Ok(());
             }
-            if now >= give_up_at {
+            if now >= self.client.give_up_at(self.source) {
                 return Err(Failure::TimedOut);
             }
             let writing = self.unwritten() > 0;
@@ -165,12 +163,11 @@ impl<'a> Pipe<'a> {
             Err(error) => return Err(error.into()),
         }
         let now = Instant::now();
-        let mut tally = self.client.tally.borrow_mut();
         while let Some(answer) = answer::parse(&self.input)? {
             if !(100..200).contains(&answer.status) {
                 let (operation, sent) = self.in_flight.pop_front().ok_or(Failure::Malformed)?;
                 let outcome = answer.judge(self.client.protocol, operation.kind, &self.input);
-                tally.record(&operation, sent, now, outcome);
+                self.client.settle(self.source, operation, sent, now, outcome);
             }
             self.input.advance(answer.length);
             if answer.closes {
@@ -237,6 +234,7 @@ mod tests {
                 rate: None,
                 arrivals: Arrivals::Fixed,
                 budget: Arc::new(Budget::new(None)),
+                insists: false,
                 seed: 1,
             };
             let mut source = Source::new(&load, window, 0, 1);

@@ -127,13 +127,13 @@ pub fn run(plan: &Plan) -> Result<Report, Error> {
             preload: false,
             ..plan.clone()
         };
-        let (tally, _) = attempt(&preload, "preload")?;
+        let (tally, _) = attempt(&preload, Phase::Preload)?;
         let (written, keys) = (tally.writes.len(), plan.keys);
         if written < keys {
             return Err(Error::Preload { written, keys, failures: report::failures_line(&tally.failures) });
         }
     }
-    let (tally, course) = attempt(plan, "load")?;
+    let (tally, course) = attempt(plan, Phase::Load)?;
     Ok(Report::new(plan, tally, &course))
 }
 
@@ -157,6 +157,22 @@ fn reach(endpoint: &str) -> io::Result<()> {
     Err(last)
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Writes every key, some of them more than once if need be.
+    Preload,
+    Load,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Phase::Preload => "preload",
+            Phase::Load => "load",
+        }
+    }
+}
+
 /// How a run went, beside what it counted.
 struct Course {
     window: Window,
@@ -165,13 +181,14 @@ struct Course {
 }
 
 /// One phase: threads connect, begin together, and end by themselves.
-fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
+fn attempt(plan: &Plan, phase: Phase) -> Result<(Tally, Course), Error> {
     let load = Load {
         keys: Keys::new(plan.distribution, plan.keys),
         reads_percent: plan.reads_percent,
         rate: plan.rate,
         arrivals: plan.arrivals,
         budget: Arc::new(Budget::new(plan.stop_after)),
+        insists: phase == Phase::Preload,
         seed: plan.seed,
     };
     // A value may be large, and the connections many: one copy for all that send it to the same server.
@@ -214,7 +231,7 @@ fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
 }
 
 /// Shows the progress until every thread has let go of its end of `ready`.
-fn watch(ready: &mpsc::Receiver<Result<(), Error>>, progress: &Progress, phase: &str, window: Window) {
+fn watch(ready: &mpsc::Receiver<Result<(), Error>>, progress: &Progress, phase: Phase, window: Window) {
     let (mut before, mut last) = (0, Instant::now());
     loop {
         match ready.recv_timeout(PROGRESS) {
@@ -226,7 +243,7 @@ fn watch(ready: &mpsc::Receiver<Result<(), Error>>, progress: &Progress, phase: 
         }
         let (now, done) = (Instant::now(), progress.done.load(Ordering::Relaxed));
         let rate = (done - before) as f64 / (now - last).as_secs_f64();
-        let what = if now < window.from { "warm-up" } else { phase };
+        let what = if now < window.from { "warm-up" } else { phase.name() };
         let second = (now - window.begin).as_secs();
         let failed = progress.failed.load(Ordering::Relaxed);
         // Nobody reading is no reason to stop.

@@ -1,6 +1,7 @@
 //! What a client does next and when: the closed loop asks again as soon as it has its answer, the open loop at instants
 //! that were fixed beforehand, however slow the server is. Pure: told what time it is, it reads no clock.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -46,6 +47,8 @@ pub struct Load {
     pub rate: Option<f64>,
     pub arrivals: Arrivals,
     pub budget: Arc<Budget>,
+    /// What failed is to be done again, by who failed: each key of a preload must be written.
+    pub insists: bool,
     pub seed: u64,
 }
 
@@ -66,6 +69,9 @@ impl Budget {
     }
 }
 
+/// Before what failed is tried again: a server that refuses at once is not to be flooded.
+const AGAIN: Duration = Duration::from_millis(10);
+
 #[derive(Debug)]
 pub enum Next {
     Send(Operation),
@@ -80,6 +86,8 @@ pub struct Source {
     window: Window,
     pace: Option<Pace>,
     random: fastrand::Rng,
+    /// What failed and is to be done again, and when; no more than were in flight.
+    again: VecDeque<(Instant, Operation)>,
     over: bool,
 }
 
@@ -113,10 +121,29 @@ impl Source {
             }
             pace
         });
-        Source { load: load.clone(), window, pace, random, over: false }
+        Source { load: load.clone(), window, pace, random, again: VecDeque::new(), over: false }
     }
 
     pub fn next(&mut self, now: Instant) -> Next {
+        // Nothing new before it: whatever ails the server, the others would fail of it too.
+        match self.again.pop_front() {
+            None => self.next_new(now),
+            Some((due, operation)) if due > now => {
+                self.again.push_front((due, operation));
+                Next::Wait(due)
+            }
+            Some((_, operation)) => Next::Send(Operation { intended: now, ..operation }),
+        }
+    }
+
+    /// Takes back what failed at `now`, if it is to be done again.
+    pub fn put_back(&mut self, operation: Operation, now: Instant) {
+        if self.load.insists {
+            self.again.push_back((now + AGAIN, operation));
+        }
+    }
+
+    fn next_new(&mut self, now: Instant) -> Next {
         let intended = self.pace.as_ref().map_or(now, |pace| pace.due);
         if self.over || intended >= self.window.until {
             return Next::Over;
@@ -148,6 +175,10 @@ impl Source {
         unsent
     }
 
+    pub fn insists(&self) -> bool {
+        self.load.insists
+    }
+
     pub fn is_closed_loop(&self) -> bool {
         self.pace.is_none()
     }
@@ -166,7 +197,7 @@ mod tests {
 
     fn load(rate: Option<f64>, arrivals: Arrivals, limit: Option<u64>) -> Load {
         let keys = Keys::new(Distribution::Sequential, 1000);
-        Load { keys, reads_percent: 25, rate, arrivals, budget: Arc::new(Budget::new(limit)), seed: 1 }
+        Load { keys, reads_percent: 25, rate, arrivals, budget: Arc::new(Budget::new(limit)), insists: false, seed: 1 }
     }
 
     /// One second of warm-up and ten that count.
@@ -226,5 +257,23 @@ mod tests {
         assert_eq!((sent.len(), sent[0].key, sent[0].intended), (5, 10, window.from));
         assert!(matches!(source.next(window.from), Next::Over));
         assert_eq!(source.give_up(), 0, "a closed loop owes nothing");
+    }
+
+    #[test]
+    fn what_failed_comes_again_before_anything_new_if_it_must() {
+        let (load, window) = (Load { insists: true, ..load(None, Arrivals::Fixed, Some(3)) }, window());
+        let (mut source, now) = (Source::new(&load, window, 0, 1), window.from);
+        let key = |source: &mut Source, now| match source.next(now) {
+            Next::Send(operation) => Ok((operation.key, operation)),
+            other => Err(format!("{other:?}")),
+        };
+        let (first, operation) = key(&mut source, now).unwrap();
+        source.put_back(operation, now);
+        assert!(matches!(source.next(now), Next::Wait(due) if due == now + AGAIN));
+        assert_eq!(key(&mut source, now + AGAIN).unwrap().0, first);
+        assert_eq!(drain(&mut source, now).iter().map(|operation| operation.key).collect::<Vec<_>>(), [1, 2]);
+        source.put_back(operation, now);
+        assert_eq!(key(&mut source, now + AGAIN).unwrap().0, first, "it takes nothing from the budget");
+        assert!(matches!(source.next(now + AGAIN), Next::Over));
     }
 }

@@ -53,6 +53,22 @@ impl Failure {
         Failure::local(error).unwrap_or(Failure::Unreachable)
     }
 
+    /// Whether the same request would fail again: it is at fault itself.
+    pub fn is_final(self) -> bool {
+        match self {
+            Failure::Status(408 | 429) => false,
+            Failure::Status(status) => (400..500).contains(&status),
+            // INVALID_ARGUMENT, UNIMPLEMENTED, UNAUTHENTICATED.
+            Failure::Grpc(code) => matches!(code, 3 | 12 | 16),
+            Failure::Unreachable
+            | Failure::Exhausted
+            | Failure::Broken
+            | Failure::TimedOut
+            | Failure::Malformed
+            | Failure::Unsent => false,
+        }
+    }
+
     /// Whether it is this side's limit that was met.
     fn local(error: &io::Error) -> Option<Self> {
         let local = [Errno::MFILE, Errno::NFILE, Errno::ADDRNOTAVAIL, Errno::NOBUFS, Errno::NOMEM];

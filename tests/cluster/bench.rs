@@ -105,6 +105,32 @@ fn a_run_without_a_duration_does_not_wait_for_a_server_that_is_gone() {
     assert!(report["failures"]["no connection"].as_u64().unwrap() > 0, "{report}");
 }
 
+/// The server goes and comes back while the keys are written: those that failed are written again.
+#[test]
+fn a_restart_does_not_end_a_preload() {
+    let mut cluster = Cluster::start(1);
+    let url = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
+    let keys = "3000";
+    let mut load = raftkv(&["bench", "--preload", "--keys", keys, "--connections", "2", "--warm-up", "0s"])
+        .args(["--duration", "100ms", "--timeout", "60s", "--reads", "100", "--output", "json", &url])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let node = &mut cluster.nodes[0];
+    let written = |status: Value| status["keys"].as_u64();
+    let before = wait_for("keys arrive", || written(node.status()?).filter(|keys| *keys > 10));
+    assert!(before < 2900, "{before} keys before it was killed leave nothing to be seen");
+    node.kill();
+    node.start();
+    node.wait_ready();
+    wait_for("the load ends", || load.try_wait().unwrap());
+    let output = load.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["missing"], &report["failed"]), (&0.into(), &0.into()), "{report}");
+    assert_eq!(cluster.nodes[0].status().unwrap()["keys"], 3000);
+}
+
 /// The server goes and comes back under load: what was in flight fails, the load connects again, and nothing that was
 /// due in an open loop is forgotten.
 #[test]
