@@ -88,3 +88,49 @@ impl Client {
         now >= end
     }
 }
+
+/// A client and its sources, as tests want them: writes in a closed loop for an hour.
+#[cfg(test)]
+pub mod fixture {
+    use super::super::keys::{Distribution, Keys};
+    use super::super::source::{Arrivals, Budget, Load, Window};
+    use super::super::tally::Progress;
+    use super::super::{Consistency, Protocol};
+    use super::*;
+
+    /// Must be called on a `LocalSet`.
+    pub fn client(protocol: Protocol, address: &str, pipeline: usize, timeout: Duration) -> Client {
+        let value = [b'v'; 1 << 16];
+        let progress = Arc::new(Progress::default());
+        Client {
+            protocol,
+            address: address.to_owned(),
+            templates: Arc::new(Templates::new(protocol, Consistency::Linearizable, address, &value)),
+            pipeline,
+            timeout,
+            endless: false,
+            tally: Rc::new(RefCell::new(Tally::new(window(), progress))),
+            alarms: Alarms::start().unwrap(),
+        }
+    }
+
+    /// Of as many clients, that make `limit` operations together.
+    pub fn sources(clients: usize, limit: Option<u64>) -> Vec<Source> {
+        let load = Load {
+            keys: Keys::new(Distribution::Uniform, 9),
+            reads_percent: 0,
+            rate: None,
+            arrivals: Arrivals::Fixed,
+            budget: Arc::new(Budget::new(limit)),
+            insists: false,
+            seed: 1,
+        };
+        let window = window();
+        (0..clients).map(|client| Source::new(&load, window, client, clients)).collect()
+    }
+
+    fn window() -> Window {
+        let begin = Instant::now();
+        Window { begin, from: begin, until: begin + Duration::from_secs(3600) }
+    }
+}

@@ -191,18 +191,12 @@ impl<'a> Pipe<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
-    use std::rc::Rc;
-    use std::sync::Arc;
     use std::time::Duration;
 
     use tokio::task::LocalSet;
 
-    use super::super::alarm::Alarms;
-    use super::super::keys::{Distribution, Keys};
-    use super::super::source::{Arrivals, Budget, Load, Window};
-    use super::super::tally::{Progress, Tally};
-    use super::super::{Consistency, Protocol};
+    use super::super::Protocol;
+    use super::super::client::fixture;
     use super::*;
 
     /// The server takes the connection and reads nothing.
@@ -211,48 +205,25 @@ mod tests {
         let body = async {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap().to_string();
-            let begin = Instant::now();
-            let window = Window { begin, from: begin, until: begin + Duration::from_secs(3600) };
-            let client = Client {
-                protocol: Protocol::Http,
-                templates: Arc::new(Templates::new(
-                    Protocol::Http,
-                    Consistency::Linearizable,
-                    &address,
-                    &[b'v'; 1 << 16],
-                )),
-                address,
-                pipeline: 10_000,
-                timeout: Duration::from_secs(60),
-                endless: false,
-                tally: Rc::new(RefCell::new(Tally::new(window, Arc::new(Progress::default())))),
-                alarms: Alarms::start().unwrap(),
-            };
-            let load = Load {
-                keys: Keys::new(Distribution::Uniform, 9),
-                reads_percent: 0,
-                rate: None,
-                arrivals: Arrivals::Fixed,
-                budget: Arc::new(Budget::new(None)),
-                insists: false,
-                seed: 1,
-            };
-            let mut source = Source::new(&load, window, 0, 1);
+            let client = fixture::client(Protocol::Http, &address, 10_000, Duration::from_secs(60));
+            let mut source = fixture::sources(1, None).remove(0);
             let stream = client.connect().await.unwrap();
             let mut pipe = Pipe::new(&client, &mut source, stream);
+            let now = Instant::now();
+            // The last request may exceed the bound.
             let most = UNWRITTEN_BYTES_MAX + (1 << 17);
             // Until the kernel's buffers are full too.
             while pipe.unwritten() < UNWRITTEN_BYTES_MAX {
                 pipe.stream.writable().await.unwrap();
-                pipe.fill(begin);
+                pipe.fill(now);
+                assert!(pipe.unwritten() <= most, "{}", pipe.unwritten());
                 pipe.write().unwrap();
-                assert!(pipe.unwritten() <= most && pipe.output.len() <= UNWRITTEN_BYTES_MAX + most);
+                assert!(pipe.output.len() <= UNWRITTEN_BYTES_MAX + most, "{}", pipe.output.len());
                 if pipe.unwritten() > 0 {
-                    pipe.fill(begin);
+                    pipe.fill(now);
                 }
             }
-            assert!(pipe.unwritten() <= most, "{}", pipe.unwritten());
-            assert!(pipe.in_flight.len() < client.pipeline);
+            assert!(pipe.unwritten() <= most && pipe.in_flight.len() < client.pipeline);
         };
         LocalSet::new().run_until(body).await;
     }

@@ -33,6 +33,8 @@ pub enum Failure {
     Exhausted,
     /// The connection broke with the operation under way.
     Broken,
+    /// The server gave up this operation alone, and said so.
+    Reset,
     /// No answer in time.
     TimedOut,
     /// What came is not what the protocol says.
@@ -63,6 +65,7 @@ impl Failure {
             Failure::Unreachable
             | Failure::Exhausted
             | Failure::Broken
+            | Failure::Reset
             | Failure::TimedOut
             | Failure::Malformed
             | Failure::Unsent => false,
@@ -84,6 +87,7 @@ impl fmt::Display for Failure {
             Failure::Unreachable => f.write_str("no connection"),
             Failure::Exhausted => f.write_str("out of open files, ports or memory at the generator"),
             Failure::Broken => f.write_str("connection broke"),
+            Failure::Reset => f.write_str("call reset"),
             Failure::TimedOut => f.write_str("timed out"),
             Failure::Malformed => f.write_str("malformed answer"),
             Failure::Unsent => f.write_str("never sent"),
