@@ -70,10 +70,10 @@ impl Client {
     /// Whether the run's end makes another connection useless for `source`, after one broke by `failure`. What breaks
     /// between requests took nothing with it, and does not count: whoever asks next finds out whether that matters.
     pub fn is_hopeless(&self, source: &mut Source, failure: Failure) -> bool {
-        if matches!(failure, Failure::Unreachable | Failure::Exhausted) {
-            self.tally.borrow_mut().fail(failure, 1);
-        }
         let now = Instant::now();
+        if matches!(failure, Failure::Unreachable | Failure::Exhausted) {
+            self.tally.borrow_mut().fail(failure, 1, now);
+        }
         let end = if self.endless {
             // Else it would wait for ever for a server that is gone.
             self.patient_until(source)
@@ -83,7 +83,7 @@ impl Client {
             self.give_up_at(source)
         };
         if now >= end && !self.endless {
-            self.tally.borrow_mut().fail(Failure::Unsent, source.give_up());
+            self.tally.borrow_mut().fail(Failure::Unsent, source.give_up(), now);
         }
         now >= end
     }

@@ -36,7 +36,7 @@ pub async fn drive(client: Client, mut sources: Vec<Source>, stream: TcpStream) 
         match started {
             Ok(link) => sources = run(&client, sources, link).await,
             // It counts once, not once for each of its clients.
-            Err(failure) => client.tally.borrow_mut().fail(failure, 1),
+            Err(failure) => client.tally.borrow_mut().fail(failure, 1, Instant::now()),
         }
         sources.retain_mut(|source| !client.is_hopeless(source, Failure::Broken));
         if sources.is_empty() {

@@ -178,6 +178,8 @@ struct Course {
     window: Window,
     /// Seconds of CPU that the generator took from the start of its warm-up.
     cpu_seconds: f64,
+    /// Its number of operations ended it, perhaps before its time was over.
+    ended_by_number: bool,
 }
 
 /// One phase: threads connect, begin together, and end by themselves.
@@ -227,7 +229,8 @@ fn attempt(plan: &Plan, phase: Phase) -> Result<(Tally, Course), Error> {
     for handle in handles {
         total.merge(&handle.join().expect("a thread that panics ends the process"));
     }
-    Ok((total, Course { window, cpu_seconds: cpu_seconds() - cpu_before }))
+    let course = Course { window, cpu_seconds: cpu_seconds() - cpu_before, ended_by_number: load.budget.is_spent() };
+    Ok((total, course))
 }
 
 /// Shows the progress until every thread has let go of its end of `ready`.

@@ -67,6 +67,11 @@ impl Budget {
     fn take(&self) -> bool {
         self.limit.is_none_or(|limit| self.taken.fetch_add(1, Ordering::Relaxed) < limit)
     }
+
+    /// Whether the run ends, or ended, by its number of operations.
+    pub fn is_spent(&self) -> bool {
+        self.limit.is_some_and(|limit| self.taken.load(Ordering::Relaxed) >= limit)
+    }
 }
 
 /// Before what failed is tried again: a server that refuses at once is not to be flooded.

@@ -113,7 +113,10 @@ pub struct Tally {
     pub failures: BTreeMap<Failure, u64>,
     /// Successes by the second of their answer.
     pub seconds: Vec<u64>,
+    /// The last success.
     pub last_answer: Option<Instant>,
+    /// The last success or failure: what failed took its time too.
+    pub last_outcome: Option<Instant>,
     window: Window,
     progress: Arc<Progress>,
 }
@@ -128,6 +131,7 @@ impl Tally {
             failures: BTreeMap::new(),
             seconds: Vec::new(),
             last_answer: None,
+            last_outcome: None,
             window,
             progress,
         }
@@ -152,7 +156,7 @@ impl Tally {
             Err(failure) => {
                 self.progress.failed.fetch_add(1, Ordering::Relaxed);
                 if counts {
-                    *self.failures.entry(failure).or_default() += 1;
+                    self.count_failures(failure, 1, answered);
                 }
             }
         }
@@ -167,6 +171,7 @@ impl Tally {
         self.lateness.saturating_record(nanos(sent - operation.intended));
         self.missing += u64::from(answer == Answered::Missing);
         self.last_answer = self.last_answer.max(Some(answered));
+        self.last_outcome = self.last_outcome.max(Some(answered));
         let second = (answered - self.window.from).as_secs() as usize;
         if self.seconds.len() <= second {
             self.seconds.resize(second + 1, 0);
@@ -174,12 +179,17 @@ impl Tally {
         self.seconds[second] += 1;
     }
 
-    /// Counts what failed without an operation that was sent.
-    pub fn fail(&mut self, failure: Failure, count: u64) {
-        if count > 0 {
-            self.progress.failed.fetch_add(count, Ordering::Relaxed);
-            *self.failures.entry(failure).or_default() += count;
+    /// Counts what failed at `at` without an operation that was sent, unless that was in the warm-up.
+    pub fn fail(&mut self, failure: Failure, count: u64, at: Instant) {
+        self.progress.failed.fetch_add(count, Ordering::Relaxed);
+        if count > 0 && at >= self.window.from {
+            self.count_failures(failure, count, at);
         }
+    }
+
+    fn count_failures(&mut self, failure: Failure, count: u64, at: Instant) {
+        *self.failures.entry(failure).or_default() += count;
+        self.last_outcome = self.last_outcome.max(Some(at));
     }
 
     /// Takes in what another thread of the same run counted.
@@ -198,6 +208,7 @@ impl Tally {
             *own += others;
         }
         self.last_answer = self.last_answer.max(other.last_answer);
+        self.last_outcome = self.last_outcome.max(other.last_outcome);
     }
 }
 
@@ -239,7 +250,8 @@ mod tests {
         let mut other = Tally::new(window, progress.clone());
         other.record(&read(after(2900)), after(2900), after(3100), Ok(Answered::Missing));
         other.record(&read(after(2900)), after(2900), after(3100), Err(Failure::Status(503)));
-        other.fail(Failure::Unreachable, 2);
+        other.fail(Failure::Unreachable, 5, after(999));
+        other.fail(Failure::Unreachable, 2, after(3200));
         tally.merge(&other);
 
         assert_eq!((tally.writes.len(), tally.reads.len(), tally.missing), (1, 1, 1));
@@ -247,6 +259,7 @@ mod tests {
         assert!(tally.lateness.equivalent(tally.lateness.max(), 200_000_000), "{}", tally.lateness.max());
         assert_eq!(tally.failures, BTreeMap::from([(Failure::Status(503), 1), (Failure::Unreachable, 2)]));
         assert_eq!((tally.seconds, tally.last_answer), (vec![1, 0, 1], Some(after(3100))));
-        assert_eq!((progress.done.load(Ordering::Relaxed), progress.failed.load(Ordering::Relaxed)), (3, 4));
+        assert_eq!(tally.last_outcome, Some(after(3200)), "what failed last took its time");
+        assert_eq!((progress.done.load(Ordering::Relaxed), progress.failed.load(Ordering::Relaxed)), (3, 9));
     }
 }
