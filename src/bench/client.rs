@@ -13,8 +13,25 @@ use super::source::{Operation, Source};
 use super::tally::{Answered, Failure, Tally};
 use super::template::Templates;
 
-/// Pause before a server that broke a connection, or took none, is asked for another.
-pub const RECONNECT: Duration = Duration::from_millis(10);
+/// Between dials to a server that broke a connection, or took none: longer each time, so that a load of many
+/// connections does not keep a server from starting.
+#[derive(Debug)]
+pub struct Pause(Duration);
+
+impl Pause {
+    const MIN: Duration = Duration::from_millis(10);
+    const MAX: Duration = Duration::from_millis(200);
+
+    /// To be made anew when a connection was had.
+    pub fn new() -> Self {
+        Pause(Self::MIN)
+    }
+
+    pub fn next(&mut self) -> Duration {
+        let longer = (self.0 * 2).min(Self::MAX);
+        std::mem::replace(&mut self.0, longer)
+    }
+}
 
 #[derive(Clone)]
 pub struct Client {
@@ -132,5 +149,17 @@ pub mod fixture {
     fn window() -> Window {
         let begin = Instant::now();
         Window { begin, from: begin, until: begin + Duration::from_secs(3600) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_between_dials_grow_up_to_a_bound() {
+        let mut pause = Pause::new();
+        let pauses: Vec<_> = (0..7).map(|_| pause.next().as_millis()).collect();
+        assert_eq!(pauses, [10, 20, 40, 80, 160, 200, 200]);
     }
 }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::answer::BYTES_MAX;
-use super::client::{Client, RECONNECT};
+use super::client::{Client, Pause};
 use super::source::{Kind, Next, Operation, Source};
 use super::tally::{Answered, Failure};
 
@@ -23,7 +23,7 @@ const WINDOW_BYTES: u32 = 16 << 20;
 
 /// Drives a connection until the sources of its clients are over, connecting again where it breaks.
 pub async fn drive(client: Client, mut sources: Vec<Source>, stream: TcpStream) {
-    let mut stream = Some(stream);
+    let (mut stream, mut pause) = (Some(stream), Pause::new());
     loop {
         let connected = match stream.take() {
             Some(stream) => Ok(stream),
@@ -34,7 +34,10 @@ pub async fn drive(client: Client, mut sources: Vec<Source>, stream: TcpStream) 
             Err(failure) => Err(failure),
         };
         match started {
-            Ok(link) => sources = run(&client, sources, link).await,
+            Ok(link) => {
+                pause = Pause::new();
+                sources = run(&client, sources, link).await;
+            }
             // It counts once, not once for each of its clients.
             Err(failure) => client.tally.borrow_mut().fail(failure, 1, Instant::now()),
         }
@@ -42,7 +45,7 @@ pub async fn drive(client: Client, mut sources: Vec<Source>, stream: TcpStream) 
         if sources.is_empty() {
             return;
         }
-        tokio::time::sleep(RECONNECT).await;
+        tokio::time::sleep(pause.next()).await;
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep_until};
 
 use super::answer;
-use super::client::{Client, RECONNECT};
+use super::client::{Client, Pause};
 use super::source::{Next, Operation, Source};
 use super::tally::Failure;
 use super::template::Templates;
@@ -25,21 +25,24 @@ const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
 
 /// Drives a connection until its source is over, connecting again where it breaks.
 pub async fn drive(client: Client, mut source: Source, stream: TcpStream) {
-    let mut stream = Some(stream);
+    let (mut stream, mut pause) = (Some(stream), Pause::new());
     loop {
         let connected = match stream.take() {
             Some(stream) => Ok(stream),
             None => client.connect().await,
         };
         let broken = match connected {
-            Ok(stream) => Pipe::new(&client, &mut source, stream).run().await,
+            Ok(stream) => {
+                pause = Pause::new();
+                Pipe::new(&client, &mut source, stream).run().await
+            }
             Err(failure) => Err(failure),
         };
         let Err(failure) = broken else { return };
         if client.is_hopeless(&mut source, failure) {
             return;
         }
-        tokio::time::sleep(RECONNECT).await;
+        tokio::time::sleep(pause.next()).await;
     }
 }
 
