@@ -1,7 +1,7 @@
 //! `raftkv bench` against nodes that run: the figures are there and true, and the exit code says how it went.
 
 use std::collections::BTreeMap;
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -85,6 +85,25 @@ fn failures_are_told_by_kind_and_a_run_of_nothing_else_ends_with_1() {
     let address = free.trim_start_matches("http://");
     assert!(stderr.starts_with(&format!("raftkv: {address}: cannot connect: ")), "{stderr}");
     assert_eq!((output.status.code(), stderr.lines().count(), output.stdout.len()), (Some(1), 1, 0));
+}
+
+/// A shell's soft limit is raised; the hard one is told as the generator's own.
+#[test]
+fn more_connections_than_a_shell_may_open_files() {
+    let cluster = Cluster::start(1);
+    let url = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
+    let limited = |limit: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit {limit} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_raftkv"), "bench"]);
+        command.args(["--connections", "100", "--rate", "500", "--duration", "300ms", "--warm-up", "0s", &url]);
+        command.output().unwrap()
+    };
+    let output = limited("-Sn 50");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = limited("-n 50");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(1), 1), "{stderr}");
+    assert!(stderr.contains("out of open files, ports or memory at the generator"), "{stderr}");
 }
 
 #[test]
