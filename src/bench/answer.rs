@@ -7,7 +7,7 @@ use super::{Protocol, source::Kind};
 /// raftkv sends a dozen headers, a Go server few more.
 const HEADERS_MAX: usize = 64;
 /// The largest answer that is read: a value of 4 MiB in base64, and its head.
-const BYTES_MAX: usize = 16 << 20;
+pub const BYTES_MAX: usize = 16 << 20;
 
 /// One answer that is complete in the buffer.
 #[derive(Debug, PartialEq, Eq)]
@@ -74,8 +74,8 @@ fn chunked_length(body: &[u8]) -> Result<Option<usize>, Failure> {
     loop {
         let (start, size) = match httparse::parse_chunk_size(&body[at..]) {
             Ok(httparse::Status::Complete(found)) => found,
-            Ok(httparse::Status::Partial) => return Ok(None),
-            Err(_) => return Err(Failure::Malformed),
+            Ok(httparse::Status::Partial) if body.len() < BYTES_MAX => return Ok(None),
+            Ok(httparse::Status::Partial) | Err(_) => return Err(Failure::Malformed),
         };
         let size = usize::try_from(size).ok().filter(|size| *size <= BYTES_MAX).ok_or(Failure::Malformed)?;
         // No server in question sends trailers: the last chunk is empty, and each ends with a line's end.
@@ -146,6 +146,16 @@ mod tests {
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n",
         ] {
             assert_eq!(parse(text.as_bytes()), Err(Failure::Malformed), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_answer_that_never_ends_is_refused() {
+        let endless = |start: &str| [start.as_bytes(), &vec![b'x'; BYTES_MAX]].concat();
+        let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        for start in ["HTTP/1.1 200 OK\r\nA: ".to_owned(), format!("{head}1;"), format!("{head}1\r\na\r\n2;")] {
+            assert_eq!(parse(&endless(&start)), Err(Failure::Malformed), "{start}");
+            assert_eq!(parse(&endless(&start)[..1000]), Ok(None), "{start}");
         }
     }
 

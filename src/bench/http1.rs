@@ -12,33 +12,37 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep_until};
 
-use super::alarm::Alarm;
 use super::answer;
-use super::client::{Client, RECONNECT};
+use super::client::{Client, Pause};
 use super::source::{Next, Operation, Source};
 use super::tally::Failure;
 use super::template::Templates;
 
 /// What is read at once, at least.
 const READ_BYTES: usize = 16 << 10;
+/// More than this is not made ready ahead of a server that does not read, but for the last request's excess.
+const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
 
 /// Drives a connection until its source is over, connecting again where it breaks.
 pub async fn drive(client: Client, mut source: Source, stream: TcpStream) {
-    let mut stream = Some(stream);
+    let (mut stream, mut pause) = (Some(stream), Pause::new());
     loop {
         let connected = match stream.take() {
             Some(stream) => Ok(stream),
             None => client.connect().await,
         };
         let broken = match connected {
-            Ok(stream) => Pipe::new(&client, &mut source, stream).run().await,
+            Ok(stream) => {
+                pause = Pause::new();
+                Pipe::new(&client, &mut source, stream).run().await
+            }
             Err(failure) => Err(failure),
         };
         let Err(failure) = broken else { return };
         if client.is_hopeless(&mut source, failure) {
             return;
         }
-        tokio::time::sleep(RECONNECT).await;
+        tokio::time::sleep(pause.next()).await;
     }
 }
 
@@ -73,17 +77,14 @@ impl<'a> Pipe<'a> {
         let end = self.exchange().await;
         if let Err(failure) = end {
             let now = Instant::now();
-            let mut tally = self.client.tally.borrow_mut();
             for (operation, sent) in self.in_flight.drain(..) {
-                tally.record(&operation, sent, now, Err(failure));
+                self.client.settle(self.source, operation, sent, now, Err(failure));
             }
         }
         end
     }
 
     async fn exchange(&mut self) -> Result<(), Failure> {
-        let mut alarm = None;
-        let give_up_at = self.client.give_up_at(self.source);
         let mut patience = pin!(sleep_until((Instant::now() + self.client.timeout).into()));
         loop {
             let now = Instant::now();
@@ -92,18 +93,15 @@ impl<'a> Pipe<'a> {
             if over && self.in_flight.is_empty() {
                 return Ok(());
             }
-            if now >= give_up_at {
+            if now >= self.client.give_up_at(self.source) {
                 return Err(Failure::TimedOut);
             }
-            if due.is_some() && alarm.is_none() {
-                alarm = Some(Alarm::new()?);
-            }
-            let writing = self.written < self.output.len();
+            let writing = self.unwritten() > 0;
             let interest = if writing { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
             let wake = async {
-                match (&mut alarm, due) {
-                    (Some(alarm), Some(due)) => alarm.wait(due).await,
-                    (Some(_) | None, _) => std::future::pending().await,
+                match due {
+                    Some(due) => self.client.alarms.wait(due).await,
+                    None => std::future::pending().await,
                 }
             };
             tokio::select! {
@@ -113,7 +111,7 @@ impl<'a> Pipe<'a> {
                         self.read()?;
                     }
                 }
-                woken = wake => woken?,
+                () = wake => {}
                 () = patience.as_mut() => self.be_patient(patience.as_mut())?,
             }
         }
@@ -121,7 +119,7 @@ impl<'a> Pipe<'a> {
 
     /// Puts what is due into the output. Returns when more is due, and whether nothing ever will be.
     fn fill(&mut self, now: Instant) -> (Option<Instant>, bool) {
-        while self.in_flight.len() < self.client.pipeline {
+        while self.in_flight.len() < self.client.pipeline && self.unwritten() < UNWRITTEN_BYTES_MAX {
             match self.source.next(now) {
                 Next::Send(operation) => {
                     self.templates.append(&operation, &mut self.output);
@@ -134,11 +132,22 @@ impl<'a> Pipe<'a> {
         (None, false)
     }
 
+    fn unwritten(&self) -> usize {
+        self.output.len() - self.written
+    }
+
     fn write(&mut self) -> io::Result<()> {
-        while self.written < self.output.len() {
+        while self.unwritten() > 0 {
             match self.stream.try_write(&self.output[self.written..]) {
                 Ok(written) => self.written += written,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    // Else it would grow for as long as it is never empty.
+                    if self.written >= UNWRITTEN_BYTES_MAX {
+                        self.output.drain(..self.written);
+                        self.written = 0;
+                    }
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -157,12 +166,11 @@ impl<'a> Pipe<'a> {
             Err(error) => return Err(error.into()),
         }
         let now = Instant::now();
-        let mut tally = self.client.tally.borrow_mut();
         while let Some(answer) = answer::parse(&self.input)? {
             if !(100..200).contains(&answer.status) {
                 let (operation, sent) = self.in_flight.pop_front().ok_or(Failure::Malformed)?;
                 let outcome = answer.judge(self.client.protocol, operation.kind, &self.input);
-                tally.record(&operation, sent, now, outcome);
+                self.client.settle(self.source, operation, sent, now, outcome);
             }
             self.input.advance(answer.length);
             if answer.closes {
@@ -181,5 +189,45 @@ impl<'a> Pipe<'a> {
         }
         patience.as_mut().reset((oldest + self.client.timeout).into());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::task::LocalSet;
+
+    use super::super::Protocol;
+    use super::super::client::fixture;
+    use super::*;
+
+    /// The server takes the connection and reads nothing.
+    #[tokio::test]
+    async fn what_a_server_does_not_read_is_not_piled_up() {
+        let body = async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap().to_string();
+            let client = fixture::client(Protocol::Http, &address, 10_000, Duration::from_secs(60));
+            let mut source = fixture::sources(1, None).remove(0);
+            let stream = client.connect().await.unwrap();
+            let mut pipe = Pipe::new(&client, &mut source, stream);
+            let now = Instant::now();
+            // The last request may exceed the bound.
+            let most = UNWRITTEN_BYTES_MAX + (1 << 17);
+            // Until the kernel's buffers are full too.
+            while pipe.unwritten() < UNWRITTEN_BYTES_MAX {
+                pipe.stream.writable().await.unwrap();
+                pipe.fill(now);
+                assert!(pipe.unwritten() <= most, "{}", pipe.unwritten());
+                pipe.write().unwrap();
+                assert!(pipe.output.len() <= UNWRITTEN_BYTES_MAX + most, "{}", pipe.output.len());
+                if pipe.unwritten() > 0 {
+                    pipe.fill(now);
+                }
+            }
+            assert!(pipe.unwritten() <= most && pipe.in_flight.len() < client.pipeline);
+        };
+        LocalSet::new().run_until(body).await;
     }
 }

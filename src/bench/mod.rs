@@ -27,10 +27,13 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use tokio::task::{JoinSet, LocalSet};
+use tracing::debug;
 
+use self::alarm::Alarms;
 use self::client::Client;
 pub use self::keys::Distribution;
 use self::keys::Keys;
@@ -108,6 +111,7 @@ pub enum Error {
 
 /// Runs the plan, its preload first. Tells on stderr how it goes, if that is a terminal.
 pub fn run(plan: &Plan) -> Result<Report, Error> {
+    raise_open_files();
     // A process with hundreds of connections refused would tell it hundreds of times.
     for endpoint in &plan.endpoints {
         reach(endpoint).map_err(|error| Error::Unreachable { endpoint: endpoint.clone(), why: error.to_string() })?;
@@ -123,14 +127,23 @@ pub fn run(plan: &Plan) -> Result<Report, Error> {
             preload: false,
             ..plan.clone()
         };
-        let (tally, _) = attempt(&preload, "preload")?;
+        let (tally, _) = attempt(&preload, Phase::Preload)?;
         let (written, keys) = (tally.writes.len(), plan.keys);
         if written < keys {
             return Err(Error::Preload { written, keys, failures: report::failures_line(&tally.failures) });
         }
     }
-    let (tally, course) = attempt(plan, "load")?;
+    let (tally, course) = attempt(plan, Phase::Load)?;
     Ok(Report::new(plan, tally, &course))
+}
+
+/// Each connection is an open file, and the soft limit of a shell is few.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        // Whoever runs into it is told by `Failure::Exhausted`.
+        debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn reach(endpoint: &str) -> io::Result<()> {
@@ -144,23 +157,46 @@ fn reach(endpoint: &str) -> io::Result<()> {
     Err(last)
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Writes every key, some of them more than once if need be.
+    Preload,
+    Load,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Phase::Preload => "preload",
+            Phase::Load => "load",
+        }
+    }
+}
+
 /// How a run went, beside what it counted.
 struct Course {
     window: Window,
     /// Seconds of CPU that the generator took from the start of its warm-up.
     cpu_seconds: f64,
+    /// Its number of operations ended it, perhaps before its time was over.
+    ended_by_number: bool,
 }
 
 /// One phase: threads connect, begin together, and end by themselves.
-fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
+fn attempt(plan: &Plan, phase: Phase) -> Result<(Tally, Course), Error> {
     let load = Load {
         keys: Keys::new(plan.distribution, plan.keys),
         reads_percent: plan.reads_percent,
         rate: plan.rate,
         arrivals: plan.arrivals,
         budget: Arc::new(Budget::new(plan.stop_after)),
+        insists: phase == Phase::Preload,
         seed: plan.seed,
     };
+    // A value may be large, and the connections many: one copy for all that send it to the same server.
+    let value = value(plan.value_bytes, plan.seed);
+    let templates = |host: &String| Arc::new(Templates::new(plan.protocol, plan.consistency, host, &value));
+    let templates: Vec<_> = plan.endpoints.iter().map(templates).collect();
     let threads = plan.threads.min(plan.connections);
     let progress = Arc::new(Progress::default());
     let (ready_sender, ready) = mpsc::channel();
@@ -168,10 +204,11 @@ fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
     for thread in 0..threads {
         let (start_sender, start) = mpsc::channel();
         let (plan, load, progress, ready) = (plan.clone(), load.clone(), progress.clone(), ready_sender.clone());
+        let templates = templates.clone();
         starts.push(start_sender);
         let name = format!("bench-{thread}");
         handles.push(thread::Builder::new().name(name).spawn(move || {
-            let part = Part { plan: &plan, load: &load, thread, threads };
+            let part = Part { plan: &plan, load: &load, templates: &templates, thread, threads };
             part.run(&progress, &ready, &start)
         })?);
     }
@@ -192,11 +229,12 @@ fn attempt(plan: &Plan, phase: &str) -> Result<(Tally, Course), Error> {
     for handle in handles {
         total.merge(&handle.join().expect("a thread that panics ends the process"));
     }
-    Ok((total, Course { window, cpu_seconds: cpu_seconds() - cpu_before }))
+    let course = Course { window, cpu_seconds: cpu_seconds() - cpu_before, ended_by_number: load.budget.is_spent() };
+    Ok((total, course))
 }
 
 /// Shows the progress until every thread has let go of its end of `ready`.
-fn watch(ready: &mpsc::Receiver<Result<(), Error>>, progress: &Progress, phase: &str, window: Window) {
+fn watch(ready: &mpsc::Receiver<Result<(), Error>>, progress: &Progress, phase: Phase, window: Window) {
     let (mut before, mut last) = (0, Instant::now());
     loop {
         match ready.recv_timeout(PROGRESS) {
@@ -208,7 +246,7 @@ fn watch(ready: &mpsc::Receiver<Result<(), Error>>, progress: &Progress, phase: 
         }
         let (now, done) = (Instant::now(), progress.done.load(Ordering::Relaxed));
         let rate = (done - before) as f64 / (now - last).as_secs_f64();
-        let what = if now < window.from { "warm-up" } else { phase };
+        let what = if now < window.from { "warm-up" } else { phase.name() };
         let second = (now - window.begin).as_secs();
         let failed = progress.failed.load(Ordering::Relaxed);
         // Nobody reading is no reason to stop.
@@ -227,6 +265,8 @@ fn cpu_seconds() -> f64 {
 struct Part<'a> {
     plan: &'a Plan,
     load: &'a Load,
+    /// By endpoint.
+    templates: &'a [Arc<Templates>],
     thread: usize,
     threads: usize,
 }
@@ -253,6 +293,13 @@ impl Part<'_> {
         };
         let tasks = LocalSet::new();
         tasks.block_on(&runtime, async {
+            let alarms = match Alarms::start() {
+                Ok(alarms) => alarms,
+                Err(error) => {
+                    tell(Err(error.into()));
+                    return nothing();
+                }
+            };
             let streams = match self.connect().await {
                 Ok(streams) => streams,
                 Err(error) => {
@@ -266,7 +313,7 @@ impl Part<'_> {
             // Nothing else is to be done on this thread meanwhile.
             let Ok(window) = start.recv() else { return nothing() };
             let tally = Rc::new(RefCell::new(Tally::new(window, progress.clone())));
-            self.drive(streams, window, &tally).await;
+            self.drive(streams, window, &tally, &alarms).await;
             tally.replace(nothing())
         })
     }
@@ -286,29 +333,37 @@ impl Part<'_> {
             let endpoint = self.endpoint(connection);
             let unreachable = |why: String| Error::Unreachable { endpoint: endpoint.to_owned(), why };
             let connected = tokio::time::timeout(self.plan.timeout, tokio::net::TcpStream::connect(endpoint)).await;
-            let stream = connected
-                .map_err(|_| unreachable(Failure::TimedOut.to_string()))?
-                .map_err(|error| unreachable(error.to_string()))?;
+            let stream = connected.map_err(|_| unreachable(Failure::TimedOut.to_string()))?.map_err(|error| {
+                match Failure::from_connect(&error) {
+                    Failure::Exhausted => unreachable(format!("{}: {error}", Failure::Exhausted)),
+                    _ => unreachable(error.to_string()),
+                }
+            })?;
             stream.set_nodelay(true)?;
             streams.push(stream);
         }
         Ok(streams)
     }
 
-    async fn drive(&self, streams: Vec<tokio::net::TcpStream>, window: Window, tally: &Rc<RefCell<Tally>>) {
+    async fn drive(
+        &self,
+        streams: Vec<tokio::net::TcpStream>,
+        window: Window,
+        tally: &Rc<RefCell<Tally>>,
+        alarms: &Alarms,
+    ) {
         let plan = self.plan;
-        let value = value(plan.value_bytes, plan.seed);
         let mut connections = JoinSet::new();
         for (connection, stream) in self.connections().zip(streams) {
-            let address = self.endpoint(connection);
             let client = Client {
                 protocol: plan.protocol,
-                address: address.to_owned(),
-                templates: Rc::new(Templates::new(plan.protocol, plan.consistency, address, &value)),
+                address: self.endpoint(connection).to_owned(),
+                templates: self.templates[connection % plan.endpoints.len()].clone(),
                 pipeline: plan.pipeline,
                 timeout: plan.timeout,
                 endless: plan.duration.is_none(),
                 tally: tally.clone(),
+                alarms: alarms.clone(),
             };
             if plan.protocol == Protocol::Etcd {
                 let clients = connection * plan.pipeline..(connection + 1) * plan.pipeline;

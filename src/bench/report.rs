@@ -15,7 +15,8 @@ const BUSY: f64 = 0.9;
 #[derive(Debug, Serialize)]
 pub struct Report {
     pub load: Shape,
-    /// From the end of the warm-up to the last answer, and no shorter than asked for.
+    /// From the end of the warm-up to the last answer or failure, and no shorter than asked for, unless the number of
+    /// operations ended it.
     pub seconds: f64,
     /// That succeeded.
     pub operations: u64,
@@ -97,13 +98,7 @@ pub struct Latency {
 impl Report {
     pub(super) fn new(plan: &Plan, tally: Tally, course: &Course) -> Self {
         let from = course.window.from;
-        let answered = tally.last_answer.map_or(0.0, |last| (last - from).as_secs_f64());
-        let asked = match (plan.duration, plan.stop_after) {
-            // It may have ended before.
-            (_, Some(_)) | (None, None) => 0.0,
-            (Some(duration), None) => duration.as_secs_f64(),
-        };
-        let seconds = answered.max(asked);
+        let seconds = seconds(plan, &tally, course);
         let per_second = |count: u64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let clients = (plan.connections * plan.pipeline) as f64;
         let kind = |latencies: &Histogram<u64>| {
@@ -138,6 +133,13 @@ impl Report {
             },
         }
     }
+}
+
+/// What rates are by.
+fn seconds(plan: &Plan, tally: &Tally, course: &Course) -> f64 {
+    let settled = tally.last_outcome.map_or(0.0, |last| (last - course.window.from).as_secs_f64());
+    let asked = plan.duration.filter(|_| !course.ended_by_number).unwrap_or_default();
+    settled.max(asked.as_secs_f64())
 }
 
 impl Shape {
@@ -286,6 +288,11 @@ impl fmt::Display for Latency {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::super::source::{self, Operation, Window};
+    use super::super::tally::{Answered, Failure};
     use super::*;
 
     #[test]
@@ -299,6 +306,47 @@ mod tests {
         let p99 = corrected.latency.p99_us;
         assert!((850_000.0..950_000.0).contains(&p99), "a tenth of the time was waiting, up to a second: {p99}");
         assert!((corrected.interval_us - 1000.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_run_is_as_long_as_asked_for_unless_its_number_ends_it() {
+        let begin = Instant::now();
+        let after = |millis| begin + Duration::from_millis(millis);
+        let window = Window { begin, from: begin, until: after(9000) };
+        let mut tally = Tally::new(window, Arc::default());
+        let write = Operation { kind: source::Kind::Write, key: 0, intended: begin };
+        tally.record(&write, begin, after(1000), Ok(Answered::Written));
+        tally.record(&write, begin, after(2000), Err(Failure::TimedOut));
+        let length = |duration, ended_by_number| {
+            let plan = Plan { duration, stop_after: Some(2), ..plan() };
+            seconds(&plan, &tally, &Course { window, cpu_seconds: 0.0, ended_by_number })
+        };
+        assert_eq!(length(Some(Duration::from_secs(9)), false), 9.0, "the servers were slow");
+        assert_eq!(length(Some(Duration::from_secs(9)), true), 2.0, "a failure is part of it");
+        assert_eq!(length(None, false), 2.0);
+    }
+
+    fn plan() -> Plan {
+        Plan {
+            endpoints: vec!["a:1".to_owned()],
+            protocol: Protocol::Http,
+            connections: 1,
+            pipeline: 1,
+            threads: 1,
+            rate: None,
+            arrivals: Arrivals::Fixed,
+            reads_percent: 0,
+            consistency: Consistency::Linearizable,
+            value_bytes: 1,
+            keys: 1,
+            distribution: Distribution::Uniform,
+            duration: None,
+            warm_up: Duration::ZERO,
+            stop_after: None,
+            preload: false,
+            timeout: Duration::from_secs(1),
+            seed: 1,
+        }
     }
 
     #[test]

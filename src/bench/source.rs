@@ -1,6 +1,7 @@
 //! What a client does next and when: the closed loop asks again as soon as it has its answer, the open loop at instants
 //! that were fixed beforehand, however slow the server is. Pure: told what time it is, it reads no clock.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -46,6 +47,8 @@ pub struct Load {
     pub rate: Option<f64>,
     pub arrivals: Arrivals,
     pub budget: Arc<Budget>,
+    /// What failed is to be done again, by who failed: each key of a preload must be written.
+    pub insists: bool,
     pub seed: u64,
 }
 
@@ -62,9 +65,24 @@ impl Budget {
     }
 
     fn take(&self) -> bool {
-        self.limit.is_none_or(|limit| self.taken.fetch_add(1, Ordering::Relaxed) < limit)
+        self.take_up_to(1) == 1
+    }
+
+    fn take_up_to(&self, wanted: u64) -> u64 {
+        let Some(limit) = self.limit else { return wanted };
+        // What is asked for in vain is counted too: far from overflowing.
+        let taken = self.taken.fetch_add(wanted.min(limit), Ordering::Relaxed);
+        wanted.min(limit.saturating_sub(taken))
+    }
+
+    /// Whether the run ends, or ended, by its number of operations.
+    pub fn is_spent(&self) -> bool {
+        self.limit.is_some_and(|limit| self.taken.load(Ordering::Relaxed) >= limit)
     }
 }
+
+/// Before what failed is tried again: a server that refuses at once is not to be flooded.
+const AGAIN: Duration = Duration::from_millis(10);
 
 #[derive(Debug)]
 pub enum Next {
@@ -80,6 +98,8 @@ pub struct Source {
     window: Window,
     pace: Option<Pace>,
     random: fastrand::Rng,
+    /// What failed and is to be done again, and when; no more than were in flight.
+    again: VecDeque<(Instant, Operation)>,
     over: bool,
 }
 
@@ -92,6 +112,14 @@ struct Pace {
 }
 
 impl Pace {
+    /// At even distances from the next that is due, it included.
+    fn arrivals_between(&self, from: Instant, until: Instant) -> u64 {
+        let interval = self.interval.as_nanos().max(1);
+        let in_warm_up = from.saturating_duration_since(self.due).as_nanos().div_ceil(interval);
+        let all = until.saturating_duration_since(self.due).as_nanos().div_ceil(interval);
+        u64::try_from(all.saturating_sub(in_warm_up)).unwrap_or(u64::MAX)
+    }
+
     fn advance(&mut self, random: &mut fastrand::Rng) {
         self.due += match self.arrivals {
             Arrivals::Fixed => self.interval,
@@ -113,10 +141,29 @@ impl Source {
             }
             pace
         });
-        Source { load: load.clone(), window, pace, random, over: false }
+        Source { load: load.clone(), window, pace, random, again: VecDeque::new(), over: false }
     }
 
     pub fn next(&mut self, now: Instant) -> Next {
+        // Nothing new before it: whatever ails the server, the others would fail of it too.
+        match self.again.pop_front() {
+            None => self.next_new(now),
+            Some((due, operation)) if due > now => {
+                self.again.push_front((due, operation));
+                Next::Wait(due)
+            }
+            Some((_, operation)) => Next::Send(Operation { intended: now, ..operation }),
+        }
+    }
+
+    /// Takes back what failed at `now`, if it is to be done again.
+    pub fn put_back(&mut self, operation: Operation, now: Instant) {
+        if self.load.insists {
+            self.again.push_back((now + AGAIN, operation));
+        }
+    }
+
+    fn next_new(&mut self, now: Instant) -> Next {
         let intended = self.pace.as_ref().map_or(now, |pace| pace.due);
         if self.over || intended >= self.window.until {
             return Next::Over;
@@ -137,15 +184,20 @@ impl Source {
     }
 
     /// What was due by the end of the run and has not been sent: it waited in vain, and must not be forgotten.
+    ///
+    /// Computed, for there may be more than can be counted: of Poisson's arrivals it is the mean.
     pub fn give_up(&mut self) -> u64 {
-        let mut unsent = 0;
-        if self.pace.is_some() {
-            while let Next::Send(operation) = self.next(self.window.until) {
-                unsent += u64::from(operation.intended >= self.window.from);
+        let over = std::mem::replace(&mut self.over, true);
+        match &self.pace {
+            Some(pace) if !over => {
+                self.load.budget.take_up_to(pace.arrivals_between(self.window.from, self.window.until))
             }
+            Some(_) | None => 0,
         }
-        self.over = true;
-        unsent
+    }
+
+    pub fn insists(&self) -> bool {
+        self.load.insists
     }
 
     pub fn is_closed_loop(&self) -> bool {
@@ -166,7 +218,7 @@ mod tests {
 
     fn load(rate: Option<f64>, arrivals: Arrivals, limit: Option<u64>) -> Load {
         let keys = Keys::new(Distribution::Sequential, 1000);
-        Load { keys, reads_percent: 25, rate, arrivals, budget: Arc::new(Budget::new(limit)), seed: 1 }
+        Load { keys, reads_percent: 25, rate, arrivals, budget: Arc::new(Budget::new(limit)), insists: false, seed: 1 }
     }
 
     /// One second of warm-up and ten that count.
@@ -201,6 +253,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_never_sent_is_computed() {
+        let week = Duration::from_secs(7 * 24 * 3600);
+        let window = window();
+        let window = Window { until: window.begin + week, ..window };
+        let unsent = |arrivals, limit| Source::new(&load(Some(1e8), arrivals, limit), window, 0, 1).give_up();
+        let due = (week - SECOND).as_nanos() as u64 / 10;
+        assert_eq!(unsent(Arrivals::Fixed, None), due);
+        assert!(unsent(Arrivals::Poisson, None).abs_diff(due) < due / 1000);
+        assert_eq!(unsent(Arrivals::Fixed, Some(7)), 7, "no more than there were to be");
+    }
+
+    #[test]
     fn poisson_arrivals_have_their_rate_and_their_scatter() {
         let (load, window) = (load(Some(1000.0), Arrivals::Poisson, None), window());
         let mut source = Source::new(&load, window, 0, 1);
@@ -226,5 +290,23 @@ mod tests {
         assert_eq!((sent.len(), sent[0].key, sent[0].intended), (5, 10, window.from));
         assert!(matches!(source.next(window.from), Next::Over));
         assert_eq!(source.give_up(), 0, "a closed loop owes nothing");
+    }
+
+    #[test]
+    fn what_failed_comes_again_before_anything_new_if_it_must() {
+        let (load, window) = (Load { insists: true, ..load(None, Arrivals::Fixed, Some(3)) }, window());
+        let (mut source, now) = (Source::new(&load, window, 0, 1), window.from);
+        let key = |source: &mut Source, now| match source.next(now) {
+            Next::Send(operation) => Ok((operation.key, operation)),
+            other => Err(format!("{other:?}")),
+        };
+        let (first, operation) = key(&mut source, now).unwrap();
+        source.put_back(operation, now);
+        assert!(matches!(source.next(now), Next::Wait(due) if due == now + AGAIN));
+        assert_eq!(key(&mut source, now + AGAIN).unwrap().0, first);
+        assert_eq!(drain(&mut source, now).iter().map(|operation| operation.key).collect::<Vec<_>>(), [1, 2]);
+        source.put_back(operation, now);
+        assert_eq!(key(&mut source, now + AGAIN).unwrap().0, first, "it takes nothing from the budget");
+        assert!(matches!(source.next(now + AGAIN), Next::Over));
     }
 }

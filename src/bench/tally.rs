@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use rustix::io::Errno;
 
 use super::source::{Kind, Operation, Window};
 
@@ -28,8 +29,12 @@ pub enum Failure {
     Grpc(u32),
     /// The server took no connection.
     Unreachable,
+    /// This machine gave no descriptor, port or memory for a connection: the server was not asked.
+    Exhausted,
     /// The connection broke with the operation under way.
     Broken,
+    /// The server gave up this operation alone, and said so.
+    Reset,
     /// No answer in time.
     TimedOut,
     /// What came is not what the protocol says.
@@ -39,8 +44,38 @@ pub enum Failure {
 }
 
 impl From<io::Error> for Failure {
-    fn from(_: io::Error) -> Self {
-        Failure::Broken
+    fn from(error: io::Error) -> Self {
+        Failure::local(&error).unwrap_or(Failure::Broken)
+    }
+}
+
+impl Failure {
+    /// Why there is no connection.
+    pub fn from_connect(error: &io::Error) -> Self {
+        Failure::local(error).unwrap_or(Failure::Unreachable)
+    }
+
+    /// Whether the same request would fail again: it is at fault itself.
+    pub fn is_final(self) -> bool {
+        match self {
+            Failure::Status(408 | 429) => false,
+            Failure::Status(status) => (400..500).contains(&status),
+            // INVALID_ARGUMENT, UNIMPLEMENTED, UNAUTHENTICATED.
+            Failure::Grpc(code) => matches!(code, 3 | 12 | 16),
+            Failure::Unreachable
+            | Failure::Exhausted
+            | Failure::Broken
+            | Failure::Reset
+            | Failure::TimedOut
+            | Failure::Malformed
+            | Failure::Unsent => false,
+        }
+    }
+
+    /// Whether it is this side's limit that was met.
+    fn local(error: &io::Error) -> Option<Self> {
+        let local = [Errno::MFILE, Errno::NFILE, Errno::ADDRNOTAVAIL, Errno::NOBUFS, Errno::NOMEM];
+        Errno::from_io_error(error).is_some_and(|errno| local.contains(&errno)).then_some(Failure::Exhausted)
     }
 }
 
@@ -50,7 +85,9 @@ impl fmt::Display for Failure {
             Failure::Status(status) => write!(f, "status {status}"),
             Failure::Grpc(code) => write!(f, "grpc-status {code}"),
             Failure::Unreachable => f.write_str("no connection"),
+            Failure::Exhausted => f.write_str("out of open files, ports or memory at the generator"),
             Failure::Broken => f.write_str("connection broke"),
+            Failure::Reset => f.write_str("call reset"),
             Failure::TimedOut => f.write_str("timed out"),
             Failure::Malformed => f.write_str("malformed answer"),
             Failure::Unsent => f.write_str("never sent"),
@@ -76,7 +113,10 @@ pub struct Tally {
     pub failures: BTreeMap<Failure, u64>,
     /// Successes by the second of their answer.
     pub seconds: Vec<u64>,
+    /// The last success.
     pub last_answer: Option<Instant>,
+    /// The last success or failure: what failed took its time too.
+    pub last_outcome: Option<Instant>,
     window: Window,
     progress: Arc<Progress>,
 }
@@ -91,6 +131,7 @@ impl Tally {
             failures: BTreeMap::new(),
             seconds: Vec::new(),
             last_answer: None,
+            last_outcome: None,
             window,
             progress,
         }
@@ -115,7 +156,7 @@ impl Tally {
             Err(failure) => {
                 self.progress.failed.fetch_add(1, Ordering::Relaxed);
                 if counts {
-                    *self.failures.entry(failure).or_default() += 1;
+                    self.count_failures(failure, 1, answered);
                 }
             }
         }
@@ -130,6 +171,7 @@ impl Tally {
         self.lateness.saturating_record(nanos(sent - operation.intended));
         self.missing += u64::from(answer == Answered::Missing);
         self.last_answer = self.last_answer.max(Some(answered));
+        self.last_outcome = self.last_outcome.max(Some(answered));
         let second = (answered - self.window.from).as_secs() as usize;
         if self.seconds.len() <= second {
             self.seconds.resize(second + 1, 0);
@@ -137,12 +179,17 @@ impl Tally {
         self.seconds[second] += 1;
     }
 
-    /// Counts what failed without an operation that was sent.
-    pub fn fail(&mut self, failure: Failure, count: u64) {
-        if count > 0 {
-            self.progress.failed.fetch_add(count, Ordering::Relaxed);
-            *self.failures.entry(failure).or_default() += count;
+    /// Counts what failed at `at` without an operation that was sent, unless that was in the warm-up.
+    pub fn fail(&mut self, failure: Failure, count: u64, at: Instant) {
+        self.progress.failed.fetch_add(count, Ordering::Relaxed);
+        if count > 0 && at >= self.window.from {
+            self.count_failures(failure, count, at);
         }
+    }
+
+    fn count_failures(&mut self, failure: Failure, count: u64, at: Instant) {
+        *self.failures.entry(failure).or_default() += count;
+        self.last_outcome = self.last_outcome.max(Some(at));
     }
 
     /// Takes in what another thread of the same run counted.
@@ -161,6 +208,7 @@ impl Tally {
             *own += others;
         }
         self.last_answer = self.last_answer.max(other.last_answer);
+        self.last_outcome = self.last_outcome.max(other.last_outcome);
     }
 }
 
@@ -178,6 +226,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_limit_of_the_generator_is_not_laid_on_the_server() {
+        let error = |errno: Errno| io::Error::from_raw_os_error(errno.raw_os_error());
+        assert_eq!(Failure::from_connect(&error(Errno::MFILE)), Failure::Exhausted);
+        assert_eq!(Failure::from(error(Errno::ADDRNOTAVAIL)), Failure::Exhausted);
+        assert_eq!(Failure::from_connect(&error(Errno::CONNREFUSED)), Failure::Unreachable);
+        assert_eq!(Failure::from(error(Errno::CONNRESET)), Failure::Broken);
+    }
+
+    #[test]
     fn the_warm_up_is_left_out_and_threads_add_up() {
         let begin = Instant::now();
         let after = |millis| begin + Duration::from_millis(millis);
@@ -193,7 +250,8 @@ mod tests {
         let mut other = Tally::new(window, progress.clone());
         other.record(&read(after(2900)), after(2900), after(3100), Ok(Answered::Missing));
         other.record(&read(after(2900)), after(2900), after(3100), Err(Failure::Status(503)));
-        other.fail(Failure::Unreachable, 2);
+        other.fail(Failure::Unreachable, 5, after(999));
+        other.fail(Failure::Unreachable, 2, after(3200));
         tally.merge(&other);
 
         assert_eq!((tally.writes.len(), tally.reads.len(), tally.missing), (1, 1, 1));
@@ -201,6 +259,7 @@ mod tests {
         assert!(tally.lateness.equivalent(tally.lateness.max(), 200_000_000), "{}", tally.lateness.max());
         assert_eq!(tally.failures, BTreeMap::from([(Failure::Status(503), 1), (Failure::Unreachable, 2)]));
         assert_eq!((tally.seconds, tally.last_answer), (vec![1, 0, 1], Some(after(3100))));
-        assert_eq!((progress.done.load(Ordering::Relaxed), progress.failed.load(Ordering::Relaxed)), (3, 4));
+        assert_eq!(tally.last_outcome, Some(after(3200)), "what failed last took its time");
+        assert_eq!((progress.done.load(Ordering::Relaxed), progress.failed.load(Ordering::Relaxed)), (3, 9));
     }
 }

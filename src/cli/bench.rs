@@ -40,7 +40,8 @@ const ABOUT: &str = "\
     Loads servers with writes and reads, and tells how many they answered and how long they took. Without --rate each \
     connection asks again as soon as it has its answer (a closed loop): it finds out what a server can do. With --rate \
     requests are sent at that rate, however slow the answers, and their latency counts from when they were to be sent \
-    (an open loop): it finds out how long users wait.";
+    (an open loop): it finds out how long users wait. Each of these is dealt to a connection beforehand, and waits for \
+    that one while others may be free: with --pipeline 1, behind every earlier answer on it.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -138,7 +139,7 @@ struct Flags {
     #[arg(value_parser = value(distribution))]
     distribution: Distribution,
 
-    /// Write each key once before anything else
+    /// Write each key before anything else; what fails is written again, until nothing has succeeded for --timeout
     #[arg(long, help_heading = "Operations")]
     preload: bool,
 

@@ -1,7 +1,7 @@
 //! `raftkv bench` against nodes that run: the figures are there and true, and the exit code says how it went.
 
 use std::collections::BTreeMap;
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -87,6 +87,25 @@ fn failures_are_told_by_kind_and_a_run_of_nothing_else_ends_with_1() {
     assert_eq!((output.status.code(), stderr.lines().count(), output.stdout.len()), (Some(1), 1, 0));
 }
 
+/// A shell's soft limit is raised; the hard one is told as the generator's own.
+#[test]
+fn more_connections_than_a_shell_may_open_files() {
+    let cluster = Cluster::start(1);
+    let url = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
+    let limited = |limit: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit {limit} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_raftkv"), "bench"]);
+        command.args(["--connections", "100", "--rate", "500", "--duration", "300ms", "--warm-up", "0s", &url]);
+        command.output().unwrap()
+    };
+    let output = limited("-Sn 50");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let output = limited("-n 50");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(1), 1), "{stderr}");
+    assert!(stderr.contains("out of open files, ports or memory at the generator"), "{stderr}");
+}
+
 #[test]
 fn a_run_without_a_duration_does_not_wait_for_a_server_that_is_gone() {
     let mut cluster = Cluster::start(1);
@@ -103,6 +122,32 @@ fn a_run_without_a_duration_does_not_wait_for_a_server_that_is_gone() {
     let report: Value = serde_json::from_slice(&load.wait_with_output().unwrap().stdout).unwrap();
     assert!(report["operations"].as_u64().unwrap() > 0, "{report}");
     assert!(report["failures"]["no connection"].as_u64().unwrap() > 0, "{report}");
+}
+
+/// The server goes and comes back while the keys are written: those that failed are written again.
+#[test]
+fn a_restart_does_not_end_a_preload() {
+    let mut cluster = Cluster::start(1);
+    let url = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
+    let keys = "3000";
+    let mut load = raftkv(&["bench", "--preload", "--keys", keys, "--connections", "2", "--warm-up", "0s"])
+        .args(["--duration", "100ms", "--timeout", "60s", "--reads", "100", "--output", "json", &url])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let node = &mut cluster.nodes[0];
+    let written = |status: Value| status["keys"].as_u64();
+    let before = wait_for("keys arrive", || written(node.status()?).filter(|keys| *keys > 10));
+    assert!(before < 2900, "{before} keys before it was killed leave nothing to be seen");
+    node.kill();
+    node.start();
+    node.wait_ready();
+    wait_for("the load ends", || load.try_wait().unwrap());
+    let output = load.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["missing"], &report["failed"]), (&0.into(), &0.into()), "{report}");
+    assert_eq!(cluster.nodes[0].status().unwrap()["keys"], 3000);
 }
 
 /// The server goes and comes back under load: what was in flight fails, the load connects again, and nothing that was
