@@ -127,7 +127,8 @@ fn damages(sample: &Sample) -> Vec<(String, Damage)> {
         let (used, size) = (content.used_bytes(), content.size_bytes);
         let mut add = |damage| damages.push((name.clone(), damage));
         add(Damage::Gone);
-        if name == "LOCK" || name == "wal/spare" {
+        // The spare may have been under way: zeros all of it.
+        if name == "LOCK" || name.starts_with("wal/spare") {
             continue;
         }
         let mut flip = |from, to| add(Damage::Flip(dice.within(from, to)));
