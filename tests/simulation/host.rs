@@ -263,7 +263,10 @@ impl World {
         }
         let hurt = host.disk_hurt || host.disk_filled;
         let is_named = |file: &PathBuf| why.contains(&*file.to_string_lossy());
-        let damaged = host.damaged && host.flipped.iter().any(is_named);
+        // A bad last frame is taken for torn. If it was the one by which an older segment was let go, that one is missed.
+        let is_of_log = |file: &PathBuf| file.starts_with("/data/wal");
+        let missed = why.contains("/data/wal") && why.contains("is missing") && host.flipped.iter().any(is_of_log);
+        let damaged = host.damaged && (missed || host.flipped.iter().any(is_named));
         self.note(format_args!("host {id} does not start: {why}"));
         if damaged {
             self.host(id).state = State::Lost(why.to_owned());
