@@ -321,14 +321,20 @@ impl Core {
         self.raw.store().take_snapshot_wanted()
     }
 
-    /// Index of the last entry that is no longer held, and bytes of command that are.
-    pub fn held(&self) -> (u64, u64) {
-        (self.raw.store().start(), self.raw.store().bytes())
+    /// Index of the last entry that is no longer held.
+    pub fn forgotten(&self) -> u64 {
+        self.raw.store().start()
     }
 
-    /// The lowest index behind which the entries up to `index` hold no more than `bytes` of command.
-    pub fn reach_back(&self, index: u64, bytes: u64) -> u64 {
-        self.raw.store().reach_back(index, bytes)
+    /// Bytes of command that were appended to the log since the start, those included that it found.
+    pub fn appended_bytes(&self) -> u64 {
+        self.raw.store().appended_bytes()
+    }
+
+    /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than `bytes` of
+    /// command.
+    pub fn reach_back(&self, index: u64, from: u64, bytes: u64) -> u64 {
+        self.raw.store().reach_back(index, from, bytes)
     }
 
     /// Up to where a follower's log goes, or the snapshot that it is being sent; only at the leader.
@@ -418,6 +424,7 @@ impl Core {
     /// All that follows from what was fed in since the last turn.
     pub fn turn(&mut self) -> Turn {
         let mut turn = Turn::default();
+        self.raw.mut_store().sweep();
         self.release(&mut turn);
         if let Some((_, snapshot)) = self.restoring.take_if(|(write, _)| *write <= self.persisted) {
             turn.restored = Some(snapshot);

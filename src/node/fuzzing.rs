@@ -347,8 +347,8 @@ impl Machine {
         if self.core.is_restoring() || meta.index <= self.disk.snapshot.index {
             return;
         }
-        let keep_from = meta.index.saturating_sub(kept % 8).max(self.core.held().0);
-        if keep_from > self.core.held().0 {
+        let keep_from = meta.index.saturating_sub(kept % 8).max(self.core.forgotten());
+        if keep_from > self.core.forgotten() {
             self.writing.push_back(Writing::Compaction(keep_from));
         }
         self.core.compact(metadata(&meta), keep_from);

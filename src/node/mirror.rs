@@ -7,14 +7,19 @@ use std::collections::VecDeque;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 
+/// Entries that [`Mirror::sweep`] frees at once: to free all that a snapshot covers would hold up every write behind it.
+const SWEPT_MAX: usize = 2048;
+
 /// Entries behind a start that is known by its index and term only.
 #[derive(Debug)]
 pub struct Mirror {
     /// Index and term of the entry just before the first one held: the founding snapshot's, at first.
     start: (u64, u64),
+    /// Those that are forgotten and not freed yet, then those behind `start`.
     entries: VecDeque<Entry>,
-    /// Bytes of command in `entries`.
-    bytes: u64,
+    forgotten: usize,
+    /// Bytes of command that were ever appended.
+    appended_bytes: u64,
     hard_state: HardState,
     conf_state: ConfState,
     /// The newest snapshot that can be sent, if there is a file of one.
@@ -30,7 +35,8 @@ impl Mirror {
         let mut mirror = Mirror {
             start,
             entries: VecDeque::new(),
-            bytes: 0,
+            forgotten: 0,
+            appended_bytes: 0,
             hard_state,
             conf_state,
             snapshot: None,
@@ -47,28 +53,31 @@ impl Mirror {
         };
         let (first, next) = (first.index, self.last() + 1);
         assert!(self.start.0 < first && first <= next, "append at {first} to a log of {:?}..{next}", self.start);
-        let kept = (first - self.start.0 - 1) as usize;
-        self.bytes -= size(self.entries.range(kept..));
-        self.entries.truncate(kept);
-        self.bytes += size(entries.iter());
+        self.entries.truncate(self.place(first));
+        self.appended_bytes += entries.iter().map(|entry| entry.data.len() as u64).sum::<u64>();
         self.entries.extend(entries);
     }
 
-    /// Forgets the entries up to `index`, which a snapshot covers.
+    /// Forgets the entries up to `index`, which a snapshot covers. Their memory is freed by [`Mirror::sweep`].
     pub fn compact(&mut self, index: u64) {
-        if let Some(at) = index.checked_sub(self.start.0 + 1).map(|at| at as usize) {
-            let term = self.entries[at].term;
-            self.bytes -= size(self.entries.range(..=at));
-            self.entries.drain(..=at);
-            self.start = (index, term);
+        if index > self.start.0 {
+            let place = self.place(index);
+            self.start = (index, self.entries[place].term);
+            self.forgotten = place + 1;
         }
+    }
+
+    /// Frees some of what is forgotten.
+    pub fn sweep(&mut self) {
+        let swept = self.forgotten.min(SWEPT_MAX);
+        self.entries.drain(..swept);
+        self.forgotten -= swept;
     }
 
     /// Starts anew behind a snapshot that was received.
     pub fn restore(&mut self, snapshot: &SnapshotMetadata) {
         self.start = (snapshot.index, snapshot.term);
-        self.entries.clear();
-        self.bytes = 0;
+        self.forgotten = self.entries.len();
         self.conf_state = snapshot.get_conf_state().clone();
         self.snapshot = Some(snapshot.clone());
     }
@@ -100,20 +109,22 @@ impl Mirror {
         self.start.0
     }
 
-    /// The lowest index behind which the entries up to `index` hold no more than `bytes`.
-    pub fn reach_back(&self, index: u64, bytes: u64) -> u64 {
-        let held = (index.saturating_sub(self.start.0) as usize).min(self.entries.len());
+    /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than `bytes`.
+    pub fn reach_back(&self, index: u64, from: u64, bytes: u64) -> u64 {
+        let index = index.min(self.last());
+        let from = from.max(self.start.0).min(index);
         let mut sum = 0;
         let fits = |entry: &&Entry| {
             sum += entry.data.len() as u64;
             sum <= bytes
         };
-        self.start.0 + (held - self.entries.range(..held).rev().take_while(fits).count()) as u64
+        let behind = self.entries.range(self.place(from + 1)..self.place(index + 1));
+        index - behind.rev().take_while(fits).count() as u64
     }
 
-    /// Bytes of command held.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    /// Bytes of command that were appended since the start, those included that it found.
+    pub fn appended_bytes(&self) -> u64 {
+        self.appended_bytes
     }
 
     pub fn hard_state(&self) -> &HardState {
@@ -126,7 +137,12 @@ impl Mirror {
 
     /// Index of the last entry.
     fn last(&self) -> u64 {
-        self.start.0 + self.entries.len() as u64
+        self.start.0 + (self.entries.len() - self.forgotten) as u64
+    }
+
+    /// Where the entry at an index behind the start is, or would be.
+    fn place(&self, index: u64) -> usize {
+        self.forgotten + (index - self.start.0 - 1) as usize
     }
 }
 
@@ -146,11 +162,9 @@ impl Storage for Mirror {
             return Err(Error::Store(StorageError::Compacted));
         }
         assert!(high <= self.last() + 1, "entries {low}..{high} of a log that ends at {}", self.last());
-        let offset = self.start.0 + 1;
-        let range = (low - offset) as usize..(high - offset) as usize;
         let max_size = max_size.into().unwrap_or(u64::MAX);
         let (mut size, mut taken) = (0, Vec::new());
-        for entry in self.entries.range(range) {
+        for entry in self.entries.range(self.place(low)..self.place(high)) {
             // At least one, however large.
             size += u64::from(protobuf::Message::compute_size(entry));
             if size > max_size && !taken.is_empty() {
@@ -165,12 +179,12 @@ impl Storage for Mirror {
         if index == self.start.0 {
             return Ok(self.start.1);
         }
-        match index.checked_sub(self.start.0 + 1) {
-            None => Err(Error::Store(StorageError::Compacted)),
-            Some(at) => match self.entries.get(at as usize) {
-                Some(entry) => Ok(entry.term),
-                None => Err(Error::Store(StorageError::Unavailable)),
-            },
+        if index < self.start.0 {
+            return Err(Error::Store(StorageError::Compacted));
+        }
+        match self.entries.get(self.place(index)) {
+            Some(entry) => Ok(entry.term),
+            None => Err(Error::Store(StorageError::Unavailable)),
         }
     }
 
@@ -204,12 +218,10 @@ impl Storage for Mirror {
     }
 }
 
-fn size<'a>(entries: impl Iterator<Item = &'a Entry>) -> u64 {
-    entries.map(|entry| entry.data.len() as u64).sum()
-}
-
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn entry(index: u64, term: u64) -> Entry {
@@ -234,10 +246,44 @@ mod tests {
         let mut mirror = mirror(vec![entry(2, 1), entry(3, 2), entry(4, 2)]);
         mirror.compact(3);
         mirror.compact(2);
-        assert_eq!((mirror.first_index().unwrap(), mirror.last_index().unwrap(), mirror.bytes()), (4, 4, 100));
+        assert_eq!((mirror.first_index().unwrap(), mirror.last_index().unwrap()), (4, 4));
         assert_eq!((mirror.term(3).unwrap(), mirror.term(2).is_err()), (2, true));
         mirror.append(vec![entry(5, 2), entry(6, 2)]);
-        assert_eq!((mirror.reach_back(6, 250), mirror.reach_back(5, 250), mirror.reach_back(6, 0)), (4, 3, 6));
+        assert_eq!((mirror.reach_back(6, 0, 250), mirror.reach_back(5, 0, 250), mirror.reach_back(6, 0, 0)), (4, 3, 6));
+        assert_eq!((mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250)), (5, 6));
+        assert_eq!(mirror.appended_bytes(), 500);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// What is forgotten is forgotten at once, however slowly its memory is freed.
+        #[test]
+        fn sweeping_changes_nothing(steps in prop::collection::vec((0..4u8, any::<u16>()), 1..40)) {
+            let (mut swept, mut plain) = (mirror(Vec::new()), mirror(Vec::new()));
+            for (step, number) in steps {
+                let (start, last) = (plain.start(), plain.last_index().unwrap());
+                let index = start + 1 + u64::from(number) % (last - start + 1);
+                for mirror in [&mut swept, &mut plain] {
+                    match step {
+                        0 => mirror.append((index..index + 3000).map(|index| entry(index, u64::from(number))).collect()),
+                        1 => mirror.compact(index.min(last)),
+                        2 if number < 5000 => mirror.restore(&SnapshotMetadata { index, ..SnapshotMetadata::default() }),
+                        _ => {}
+                    }
+                }
+                swept.sweep();
+                let answers = |mirror: &Mirror| {
+                    let all = mirror.entries(mirror.start() + 1, mirror.last() + 1, None, GetEntriesContext::empty(false));
+                    (mirror.start(), all, mirror.term(index), mirror.reach_back(index, 0, 500))
+                };
+                prop_assert_eq!(answers(&swept), answers(&plain));
+            }
+            while swept.forgotten > 0 {
+                swept.sweep();
+            }
+            prop_assert_eq!(swept.entries.len() as u64, swept.last() - swept.start());
+        }
     }
 
     /// A snapshot that lacks its receiver is ignored there in silence, and the leader would wait for ever.

@@ -44,7 +44,7 @@ pub struct Policy {
     /// Time since the last snapshot that makes one due, if there are `min_entries` new ones. Zero: never.
     pub interval: Duration,
     pub min_entries: u64,
-    /// Bytes of command held in the log that make one due.
+    /// Bytes of command appended since the last one that make one due.
     pub log_bytes: u64,
     /// Entries kept behind a snapshot for slow followers, as long as they are no more than `catchup_bytes`.
     pub catchup_entries: u64,
@@ -69,7 +69,7 @@ pub struct Snapshotting {
     policy: Policy,
     /// Index of the last one, and the tick at which it was done.
     last: (u64, u64),
-    /// Bytes held in the log when the last one was done, and the size of its file.
+    /// Bytes appended to the log when the last one was done, and the size of its file.
     last_bytes: u64,
     last_size_bytes: u64,
     taking: bool,
@@ -129,7 +129,7 @@ impl<A: Send + 'static> Node<A> {
         let new = self.published - shots.last.0;
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
-        let grown = self.core.held().1.saturating_sub(shots.last_bytes);
+        let grown = self.core.appended_bytes() - shots.last_bytes;
         let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes / 4;
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
@@ -240,7 +240,7 @@ impl<A: Send + 'static> Node<A> {
         self.tell_transport();
         self.published = meta.index;
         self.snapshotting.last = (meta.index, self.now);
-        self.snapshotting.last_bytes = 0;
+        self.snapshotting.last_bytes = self.core.appended_bytes();
         let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
         self.snapshotting.work.spawn(async move {
             let purged = blocking::run(move || files.purge(keep, index)).await;
@@ -257,19 +257,21 @@ impl<A: Send + 'static> Node<A> {
         }
         let policy = &self.snapshotting.policy;
         let by_entries = meta.index.saturating_sub(policy.catchup_entries);
-        let keep_from = by_entries.max(self.core.reach_back(meta.index, policy.catchup_bytes));
+        let mut keep_from = self.core.reach_back(meta.index, by_entries, policy.catchup_bytes);
         // Who is on the way to catch up must find the entries behind its snapshot, or it would need one after the other.
         let followers = self.members.iter().filter(|member| self.is_up(member.id));
-        let slowest = followers.filter_map(|member| self.core.reached(member.id)).min().unwrap_or(keep_from);
-        let keep_from = keep_from.min(slowest.max(self.core.reach_back(meta.index, SLOW_BYTES_MAX))).min(meta.index);
+        let slowest = followers.filter_map(|member| self.core.reached(member.id)).min();
+        if let Some(slowest) = slowest.filter(|slowest| *slowest < keep_from) {
+            keep_from = keep_from.min(self.core.reach_back(meta.index, slowest, SLOW_BYTES_MAX));
+        }
         let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
         metadata.set_conf_state(conf_state(meta));
-        if let Some(term) = self.core.term_at(keep_from).filter(|_| keep_from > self.core.held().0) {
+        if let Some(term) = self.core.term_at(keep_from).filter(|_| keep_from > self.core.forgotten()) {
             self.ends.wal.compact(keep_from, term);
         }
         self.core.compact(metadata, keep_from);
         self.snapshotting.last = (meta.index, self.now);
-        self.snapshotting.last_bytes = self.core.held().1;
+        self.snapshotting.last_bytes = self.core.appended_bytes();
         self.snapshotting.last_size_bytes = bytes;
     }
 }
