@@ -4,7 +4,7 @@
 use tokio::task::JoinError;
 use tracing::debug;
 
-use super::{BACKLOG_BYTES_MAX, EVENTS_PER_TURN, Forwarded, Node, WAL_QUEUE_BYTES_MAX};
+use super::{BACKLOG_BYTES_MAX, EVENTS_PER_TURN, Forwarded, Node, WAL_QUEUE_BYTES_MAX, core};
 use crate::channel::{self, Failure, MemberStatus, NodeStatus, Proposal, Queues, Rejection, SnapshotStatus};
 use crate::transport::{Position, ProposeError};
 use crate::wal::Room;
@@ -63,8 +63,12 @@ impl<A: Send + 'static> Node<A> {
     }
 
     pub(super) fn propose(&mut self) {
-        let leader = self.core.position().leader;
-        while self.pending.has_waiting() && leader != 0 && self.propose_from <= self.now {
+        let core::Position { leader, commit, last, .. } = self.core.position();
+        let waiting = self.pending.waiting();
+        if waiting > 0 && leader == self.settings.id && !self.batches.may_go(waiting, last - commit) {
+            return;
+        }
+        while self.pending.waiting() > 0 && leader != 0 && self.propose_from <= self.now {
             if leader != self.settings.id && self.forwards.len() >= FORWARDS_MAX {
                 return;
             }
@@ -86,7 +90,7 @@ impl<A: Send + 'static> Node<A> {
                 return;
             }
             match self.core.propose(&commands) {
-                Ok(_) => {}
+                Ok(_) => self.batches.went(),
                 Err(Rejection::NoLeader) => {
                     self.pending.not_proposed(&batch);
                     self.propose_from = self.now + 1;

@@ -6,6 +6,7 @@
 //! peers say passes `admit` first.
 
 mod admit;
+mod batches;
 mod changes;
 #[doc(hidden)]
 pub mod core;
@@ -31,6 +32,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
+use self::batches::Batches;
 use self::changes::Changes;
 pub use self::core::FOUNDING;
 use self::core::{Core, Start, Turn};
@@ -151,6 +153,7 @@ pub struct Node<A> {
     core: Core,
     members: Members,
     pending: Pending<A>,
+    batches: Batches,
     reads: Reads,
     forwards: JoinSet<Forwarded>,
     changes: Changes,
@@ -200,6 +203,7 @@ impl<A: Send + 'static> Node<A> {
             core,
             members: Members::new(id, settings.nonce, meta, nonces, fresh),
             pending: Pending::new(id, boot),
+            batches: Batches::new(),
             reads: Reads::new(id, boot),
             forwards: JoinSet::new(),
             changes: Changes::new(id, boot),
@@ -249,6 +253,7 @@ impl<A: Send + 'static> Node<A> {
                 Some(done) = self.forwards.join_next() => { self.on_forwarded(done); Ok(()) }
                 Some(done) = self.changes.answered() => { self.on_change_answered(done); Ok(()) }
                 Some(done) = self.snapshotting.done() => self.on_snapshot_done(done),
+                () = self.batches.waited() => Ok(()),
                 Some(proposal) = self.ends.proposals.recv() => { self.on_proposal(proposal); Ok(()) }
             };
             if let Err(stopped) = event.and_then(|()| self.drain()) {

@@ -53,8 +53,9 @@ impl<A> Pending<A> {
         self.bytes
     }
 
-    pub fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+    /// To be proposed, and perhaps some that were resolved meanwhile.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
     }
 
     /// Takes a write, or rejects it at once if too many are in flight. Deadlines never go back from call to call.
@@ -250,7 +251,7 @@ mod tests {
         let again = pending.take(9, 99);
         pending.refused(&again[0], Rejection::Busy);
         assert!(answer.try_recv().is_err(), "still waiting");
-        assert!(pending.has_waiting());
+        assert!(pending.waiting() > 0);
         assert_eq!(pending.expire(5, Rejection::NoLeader), (0, 1));
         assert_eq!(answer.try_recv().unwrap(), Err(Failure::Unknown));
     }
@@ -271,7 +272,7 @@ mod tests {
             word(&mut pending, &first);
             assert!(answer.try_recv().is_err());
             let third = pending.take(9, 99);
-            assert_eq!((third.len(), pending.has_waiting()), (1, false), "it waits once");
+            assert_eq!((third.len(), pending.waiting()), (1, 0), "it waits once");
             pending.refused(&third[0], Rejection::Busy);
             pending.expire(5, Rejection::NoLeader);
             assert_eq!(answer.try_recv().unwrap(), Err(Failure::Unknown), "the second try may be in a log");
