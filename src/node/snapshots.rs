@@ -19,7 +19,7 @@ use crate::channel::{Commit, WriteImage};
 use crate::wal;
 use crate::wal::snapshot::{Meta, Snapshots};
 
-/// A snapshot larger than this is not followed by another until the log has grown by a quarter of its size, however
+/// A snapshot larger than this is not followed by another until the log has grown by half of its size, however
 /// many entries that takes: a large state that changes little by little is not written again and again.
 const SMALL_BYTES: u64 = 1 << 20;
 
@@ -130,7 +130,7 @@ impl<A: Send + 'static> Node<A> {
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
-        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes / 4;
+        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes / 2;
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }

@@ -12,7 +12,7 @@ use super::disk::Disk;
 use super::error::Error;
 use super::record::{self, FRAME_BYTES_MAX};
 use super::recovery::{self, Closed};
-use super::segment::{self, HEADER_BYTES, Segment};
+use super::segment::{self, FIRST_ID, HEADER_BYTES, Segment};
 use super::spare::Spare;
 use super::{Append, Options, Recovered, Room, replay};
 use crate::cluster::Member;
@@ -83,7 +83,7 @@ impl Wal {
             disk.sync_dir(data_dir)?;
         }
         let spare = Arc::new(Spare::find(disk.clone(), options, metrics.clone())?);
-        let mut active = Segment::draft(disk.as_ref(), &options.dir, spare.take()?, options.segment_bytes, 1, 1)?;
+        let mut active = Segment::draft(disk.as_ref(), &options.dir, spare.take()?, options.segment_bytes, FIRST_ID, 1)?;
         let mut frame = Vec::new();
         record::begin_frame(&mut frame);
         record::put_founding(&mut frame, founders);

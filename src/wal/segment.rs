@@ -12,6 +12,8 @@ use super::record::frame_seed;
 pub const SEGMENT_BYTES_MIN: u64 = 16 << 20;
 /// The header has a block of its own, so that no frame shares a sector with it.
 pub const HEADER_BYTES: u64 = 4096;
+/// Of the first segment of a log.
+pub const FIRST_ID: u64 = 1;
 /// How far ahead of the tail zeros are written: a frame over written zeros costs no metadata when it is synced.
 pub const STRETCH_BYTES: u64 = 1 << 20;
 

@@ -1,6 +1,6 @@
 //! The log on its own thread: appends queue here and are taken together, so that the slower the disk, the more goes
-//! into one sync. A second thread prepares the spare segment, beginning after the first append, when the node serves;
-//! or at once, where the segment that is there is half full.
+//! into one sync. A second thread prepares the spare segment: in a new log after the first append, when the node serves;
+//! later where a segment is half full and none before it was freed, which would have become the spare.
 //!
 //! The queue has no bound of its own: the node, which must never wait here, stops taking proposals by
 //! [`Writer::queued_bytes`]. Whatever happens is told through the one callback; called by `node`.
@@ -16,7 +16,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, WeakUnboundedSender,
 
 use super::log::Counts;
 use super::record::FRAME_BYTES_MAX;
-use super::segment::HEADER_BYTES;
+use super::segment::{FIRST_ID, HEADER_BYTES};
 use super::spare::Spare;
 use super::{Append, Error, Room, Wal};
 use crate::metrics::Metrics;
@@ -116,8 +116,7 @@ impl Writer {
             wished_behind: 0,
         };
         // Where little room is left nobody may append, and no append would ever ask for more.
-        let active = &task.wal.active;
-        if active.room_bytes() < (active.size_bytes - HEADER_BYTES) / 2 {
+        if task.is_half_full() {
             task.wish();
         }
         (Writer { work, thread: None, queued_bytes, counts, spare, metrics }, task)
@@ -250,10 +249,16 @@ impl Task {
         let queued = self.queued_bytes.fetch_sub(taken_bytes, Ordering::Relaxed) - taken_bytes;
         self.metrics.wal_queued_bytes.set(queued.cast_signed());
         (self.events)(Event::Persisted { number });
-        if self.wished_behind != self.wal.active.header.id {
+        let id = self.wal.active.header.id;
+        if self.wished_behind != id && (id == FIRST_ID || self.is_half_full()) {
             self.wish();
         }
         Ok(())
+    }
+
+    fn is_half_full(&self) -> bool {
+        let active = &self.wal.active;
+        active.room_bytes() < (active.size_bytes - HEADER_BYTES) / 2
     }
 
     fn wish(&mut self) {
