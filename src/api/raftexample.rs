@@ -77,12 +77,12 @@ fn value(api: &Api, method: &Method, read: Read, reply: Reply) -> Answer {
     let Some(entry) = read.entry else {
         return reply.refusal(&Refusal::new(StatusCode::NOT_FOUND, "Failed to GET"));
     };
-    let reply = reply.revision(entry.modify_revision);
+    let reply = reply.revision(entry.revisions().modify);
     if method == Method::HEAD {
-        let length = HeaderValue::from(entry.value.len());
+        let length = HeaderValue::from(entry.value().len());
         reply.with(header::CONTENT_LENGTH, length).with(header::CONTENT_TYPE, BYTES).empty(StatusCode::OK)
     } else {
-        reply.content(StatusCode::OK, BYTES, entry.value)
+        reply.content(StatusCode::OK, BYTES, entry.to_bytes())
     }
 }
 

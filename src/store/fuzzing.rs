@@ -6,7 +6,8 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::key::Key;
-use super::state::{KeyValue, State, WINDOW_SIZE};
+use super::state::{State, WINDOW_SIZE};
+use super::value::{KeyValue, Revisions};
 use super::{read_image, write_image};
 use crate::channel::RequestId;
 use crate::command::Command;
@@ -87,12 +88,12 @@ fn any_state(u: &mut Unstructured<'_>) -> Result<State> {
     for _ in 0..u.int_in_range(0..=4)? {
         let (key_len, value_len, near): (u8, u16, u8) = u.arbitrary()?;
         let key = Key::from(u.bytes(usize::from(key_len % 16).min(u.len()))?);
-        let (create_revision, modify_revision, version) =
+        let (create, modify, version) =
             if near < 200 { (1, 1 + u64::from(near) % state.revision.max(1), 1) } else { u.arbitrary()? };
-        let value = vec![near; usize::from(value_len)].into();
-        let entry = KeyValue::new(&key, value, create_revision, modify_revision, version);
-        let new = entry.hash;
-        let old = state.keys.insert(key, entry).map_or(0, |old| old.hash);
+        let value = Bytes::from(vec![near; usize::from(value_len)]);
+        let entry = KeyValue::new(&key, &value, &value, Revisions { create, modify, version });
+        let new = entry.hash();
+        let old = state.keys.insert(key, entry).map_or(0, |old| old.hash());
         state.content_hash = state.content_hash.wrapping_add(new).wrapping_sub(old);
     }
     Ok(state)
@@ -110,6 +111,7 @@ pub fn seeds() -> [Vec<Vec<u8>>; 2] {
     let mut state = State::founded(1);
     let put = Command::Put { key: b"key", value: b"value" }.encode();
     let commands = vec![put.to_vec(), [&[200, 1, 1, 0, 0, 0, 0, 0, 0, 0, put.len() as u8], &put[..]].concat()];
-    state.put(b"key", Bytes::from_static(b"value"));
+    let value = Bytes::from_static(b"value");
+    state.put(b"key", &value, &value);
     [commands, vec![image(&State::founded(1)), image(&state)]]
 }

@@ -6,14 +6,16 @@ pub mod fuzzing;
 mod key;
 mod snapshot;
 mod state;
+mod value;
 
 use std::io::Read;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub use snapshot::{BadImage, read_image, write_image};
-pub use state::{Answer, KeyValue, Outcome, State};
+pub use state::{Answer, Outcome, State};
 use tokio::sync::oneshot;
 use tokio::task::JoinError;
+pub use value::{KeyValue, Revisions};
 
 use crate::blocking;
 use crate::channel::{self, Applied, Commit, CommitReceiver, Failure, ReadReply, Rejection, Reply, WriteImage};
@@ -214,7 +216,7 @@ mod tests {
             ])
             .unwrap();
         assert_eq!(read.await.unwrap(), Ok(()));
-        assert_eq!(view.state().get(b"k").unwrap().value, "v");
+        assert_eq!(view.state().get(b"k").unwrap().value(), b"v");
         assert_eq!(written.await.unwrap(), Ok(Applied { index: 2, term: 1, answer: Answer::Put { revision: 2 } }));
         drop(sender);
         task.await.unwrap().unwrap();
@@ -232,7 +234,7 @@ mod tests {
         original.run(receiver).await.unwrap();
         let mut image = Vec::new();
         snapshot.await.unwrap()(&mut image).unwrap();
-        assert_eq!(read_image(&image[..]).unwrap().get(b"a").unwrap().value, "1");
+        assert_eq!(read_image(&image[..]).unwrap().get(b"a").unwrap().value(), b"1");
 
         let metrics = Arc::new(Metrics::new());
         let copy = Store::new(State::founded(1), metrics.clone());

@@ -13,7 +13,8 @@ use imbl::OrdMap;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::key::Key;
-use super::state::{KeyValue, State, WINDOW_SIZE};
+use super::state::{State, WINDOW_SIZE};
+use super::value::{KeyValue, Revisions};
 use crate::channel::COMMAND_BYTES_MAX;
 use crate::window::Window;
 
@@ -53,12 +54,13 @@ pub fn write_image(state: &State, out: &mut dyn Write) -> io::Result<()> {
     for (key, entry) in &state.keys {
         let len = |bytes: &[u8]| u32::try_from(bytes.len()).expect("at most PAIR_BYTES_MAX").to_le_bytes();
         out.put(&len(key))?;
-        out.put(&len(&entry.value))?;
-        for number in [entry.create_revision, entry.modify_revision, entry.version] {
+        out.put(&len(entry.value()))?;
+        let Revisions { create, modify, version } = entry.revisions();
+        for number in [create, modify, version] {
             out.put(&number.to_le_bytes())?;
         }
         out.put(key)?;
-        out.put(&entry.value)?;
+        out.put(entry.value())?;
     }
     out.end()
 }
@@ -116,16 +118,16 @@ fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdM
         if key_len.saturating_add(value_len) > PAIR_BYTES_MAX {
             return Err(BadImage::Damaged("a key and its value are longer than a command can be"));
         }
-        let [create_revision, modify_revision, version] = [input.number()?, input.number()?, input.number()?];
-        if create_revision > modify_revision || modify_revision > revision || version == 0 {
+        let [create, modify, version] = [input.number()?, input.number()?, input.number()?];
+        if create > modify || modify > revision || version == 0 {
             return Err(BadImage::Damaged("the revisions of a key are not in order"));
         }
         let (key, value) = (Key::from(&input.bytes(key_len)?[..]), input.bytes(value_len)?);
         if keys.get_max().is_some_and(|(last, _)| key <= *last) {
             return Err(BadImage::Damaged("its keys are not in order"));
         }
-        let entry = KeyValue::new(&key, value, create_revision, modify_revision, version);
-        content_hash = content_hash.wrapping_add(entry.hash);
+        let entry = KeyValue::new(&key, &value, &value, Revisions { create, modify, version });
+        content_hash = content_hash.wrapping_add(entry.hash());
         keys.insert(key, entry);
     }
     Ok((keys, content_hash))

@@ -5,57 +5,16 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use imbl::OrdMap;
-use smallvec::SmallVec;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::key::Key;
+use super::value::{KeyValue, Revisions};
 use crate::channel::RequestId;
 use crate::command::{Command, Unreadable};
 use crate::window::{Seen, Window};
 
 /// Writes of one node that may overtake each other on their way into the log.
 pub(super) const WINDOW_SIZE: usize = 1 << 16;
-
-/// Up to this is hashed in one piece, which takes a copy; a hasher that is fed piece by piece is a kilobyte to set up.
-const HASHED_AT_ONCE_BYTES_MAX: usize = 512;
-
-/// The largest value that is copied out of its log entry, in bytes.
-const COPIED_BYTES_MAX: usize = 4 << 10;
-
-/// A key's value and history. Revisions are the store's (etcd's rule): it starts at 1 and rises with each write.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyValue {
-    pub value: Bytes,
-    pub create_revision: u64,
-    pub modify_revision: u64,
-    /// Writes since the key was created; the first is 1.
-    pub version: u64,
-    /// The key's part in the content hash: parts are added up, so that order does not matter and a change costs one key.
-    pub(super) hash: u64,
-}
-
-impl KeyValue {
-    pub(super) fn new(key: &[u8], value: Bytes, create_revision: u64, modify_revision: u64, version: u64) -> Self {
-        let mut entry = KeyValue { value, create_revision, modify_revision, version, hash: 0 };
-        entry.hash = entry.hash_anew(key);
-        entry
-    }
-
-    /// Of the length of the key, the key, the three numbers and the value, each behind the other.
-    fn hash_anew(&self, key: &[u8]) -> u64 {
-        let len = (key.len() as u64).to_le_bytes();
-        let numbers = [self.create_revision, self.modify_revision, self.version].map(u64::to_le_bytes);
-        let parts = [&len, key, numbers.as_flattened(), &self.value];
-        if parts.iter().map(|part| part.len()).sum::<usize>() <= HASHED_AT_ONCE_BYTES_MAX {
-            let mut whole = SmallVec::<[u8; HASHED_AT_ONCE_BYTES_MAX]>::new();
-            parts.iter().for_each(|part| whole.extend_from_slice(part));
-            return xxh3_64(&whole);
-        }
-        let mut hasher = Xxh3::new();
-        parts.iter().for_each(|part| hasher.update(part));
-        hasher.digest()
-    }
-}
 
 /// What a write answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,7 +70,7 @@ impl State {
         }
         self.revision += 1;
         match parsed {
-            Command::Put { key, value } => self.put(key, kept(value, command)),
+            Command::Put { key, value } => self.put(key, value, command),
         }
         Ok(Outcome::Applied(Answer::Put { revision: self.revision }))
     }
@@ -169,18 +128,20 @@ impl State {
         window.mark(request.counter)
     }
 
-    pub(super) fn put(&mut self, key: &[u8], value: Bytes) {
-        let revision = self.revision;
+    pub(super) fn put(&mut self, key: &[u8], value: &[u8], command: &Bytes) {
+        let modify = self.revision;
         // One descent where the key is there, which is where it costs most.
         let (old, new) = match self.keys.get_mut(key) {
             Some(entry) => {
-                let old = entry.hash;
-                *entry = KeyValue::new(key, value, entry.create_revision, revision, entry.version + 1);
-                (old, entry.hash)
+                let (old, before) = (entry.hash(), entry.revisions());
+                let revisions = Revisions { modify, version: before.version + 1, ..before };
+                *entry = KeyValue::new(key, value, command, revisions);
+                (old, entry.hash())
             }
             None => {
-                let entry = KeyValue::new(key, value, revision, revision, 1);
-                let new = entry.hash;
+                let revisions = Revisions { create: modify, modify, version: 1 };
+                let entry = KeyValue::new(key, value, command, revisions);
+                let new = entry.hash();
                 self.keys.insert(key.into(), entry);
                 (0, new)
             }
@@ -189,16 +150,11 @@ impl State {
     }
 }
 
-/// A value as it is kept. A small one is copied: as a slice of its log entry it would keep all of that in memory, for as long
-/// as nobody writes the key again. A large one is not worth a copy.
-fn kept(value: &[u8], command: &Bytes) -> Bytes {
-    if value.len() <= COPIED_BYTES_MAX { Box::<[u8]>::from(value).into() } else { command.slice_ref(value) }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::value::hash;
     use super::*;
 
     fn put(key: &str, value: &str) -> Bytes {
@@ -217,7 +173,7 @@ mod tests {
         assert_eq!(state.apply(4, 1, request(2), &put("b", "1")), Ok(Outcome::Applied(Answer::Put { revision: 3 })));
         assert_eq!(state.apply(5, 1, request(3), &put("a", "2")), Ok(Outcome::Applied(Answer::Put { revision: 4 })));
         let a = state.get(b"a").unwrap();
-        assert_eq!((&a.value[..], a.create_revision, a.modify_revision, a.version), (&b"2"[..], 2, 4, 2));
+        assert_eq!((a.value(), a.revisions()), (&b"2"[..], Revisions { create: 2, modify: 4, version: 2 }));
         assert_eq!((state.applied(), state.revision(), state.len()), (5, 4, 2));
     }
 
@@ -251,21 +207,6 @@ mod tests {
         assert_eq!(state.applied(), 2, "what is not understood is not passed");
     }
 
-    /// Snapshots hold it: however it is computed, it stays what it was.
-    #[test]
-    fn an_entry_hashes_alike_in_one_piece_and_in_several() {
-        for len in (0..20).chain(HASHED_AT_ONCE_BYTES_MAX - 40..HASHED_AT_ONCE_BYTES_MAX + 5) {
-            let entry = KeyValue::new(b"key", vec![7; len].into(), 1, 2, 3);
-            let mut hasher = Xxh3::new();
-            for part in [&3u64.to_le_bytes()[..], b"key", &1u64.to_le_bytes(), &2u64.to_le_bytes(), &3u64.to_le_bytes()]
-            {
-                hasher.update(part);
-            }
-            hasher.update(&entry.value);
-            assert_eq!(entry.hash, hasher.digest(), "a value of {len} bytes");
-        }
-    }
-
     proptest! {
         /// The hash that is kept up to date is the hash of what is there.
         #[test]
@@ -274,7 +215,8 @@ mod tests {
             for (n, (key, value)) in (1..).zip(&writes) {
                 state.apply(n + 1, 1, request(n), &Command::Put { key: &[*key], value: &[*value] }.encode()).unwrap();
             }
-            let anew = state.keys.iter().map(|(key, entry)| entry.hash_anew(key)).fold(0, u64::wrapping_add);
+            let anew = |(key, entry): (&Key, &KeyValue)| hash(key, entry.value(), entry.revisions());
+            let anew = state.keys.iter().map(anew).fold(0, u64::wrapping_add);
             prop_assert_eq!(state.content_hash(), anew);
         }
     }

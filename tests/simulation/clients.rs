@@ -140,7 +140,7 @@ pub async fn read(world: &Shared, client: u64, host: u64, key: Vec<u8>) -> Resul
     let gone = matches!(answer, Ok(Err(Error::NotApplied(Rejection::Stopping))));
     asked.judge(&mut world, answer.is_ok(), gone);
     let at = world.instant();
-    let found = answer.unwrap_or(Err(Error::Unknown))?.entry.map(|entry| entry.value);
+    let found = answer.unwrap_or(Err(Error::Unknown))?.entry.map(|entry| entry.to_bytes());
     world.mark(&[6, client, host, at]);
     let outcome = Outcome::Done { at, read: found.as_ref().map(|value| value.to_vec()) };
     world.history.push(Operation { client, key, call: Call::Get, invoked: asked.invoked, outcome });

@@ -324,7 +324,7 @@ impl Script {
                     let answer = service.get(&key, Consistency::Stale).await;
                     after(answer.map_or_else(
                         |error| error.to_string(),
-                        |read| readable(read.entry.as_ref().map(|entry| &entry.value[..])),
+                        |read| readable(read.entry.as_ref().map(|entry| entry.value())),
                     ))
                 })
             }
