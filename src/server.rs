@@ -53,6 +53,9 @@ const LOG_RESERVE_BYTES: u64 = 1 << 20;
 /// Entries that go to a follower together, in bytes.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 
+/// What the log takes in memory while no follower needs more of it: a few seconds of writes at full speed.
+const LOG_MEMORY_BYTES: u64 = 32 << 20;
+
 /// How long a start tries for what a process before it may still hold, and the pause between two tries.
 const PATIENCE: Duration = Duration::from_secs(1);
 const TRY_AGAIN: Duration = Duration::from_millis(10);
@@ -302,6 +305,7 @@ impl Running {
                 log_bytes: config.snapshot_log_bytes,
                 catchup_entries: config.snapshot_catchup_entries,
                 catchup_bytes: config.snapshot_catchup_bytes,
+                memory_bytes: LOG_MEMORY_BYTES,
                 keep: config.snapshot_keep,
             },
         };

@@ -124,6 +124,7 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
             log_bytes: 64 << 20,
             catchup_entries: 5000,
             catchup_bytes: 1 << 20,
+            memory_bytes: 1 << 20,
             keep: 1,
         },
     };

@@ -326,6 +326,17 @@ impl Core {
         self.raw.store().start()
     }
 
+    /// What the log takes in memory.
+    pub fn log_memory_bytes(&self) -> u64 {
+        self.raw.store().memory_bytes()
+    }
+
+    /// Forgets entries, the oldest first, none above `index`, until no more than `bytes` of memory are taken. What is
+    /// forgotten is applied.
+    pub fn shrink(&mut self, index: u64, bytes: u64) {
+        self.raw.mut_store().shrink(index, bytes);
+    }
+
     /// Bytes of command that were appended to the log since the start, those included that it found.
     pub fn appended_bytes(&self) -> u64 {
         self.raw.store().appended_bytes()

@@ -10,6 +10,9 @@ use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 /// Entries that [`Mirror::sweep`] frees at once: to free all that a snapshot covers would hold up every write behind it.
 const SWEPT_MAX: usize = 2048;
 
+/// What an entry takes in memory beside its command: itself, the room that the queue keeps for more, and its context.
+const ENTRY_BYTES: u64 = (size_of::<Entry>() + size_of::<Entry>() / 2 + 32) as u64;
+
 /// Entries behind a start that is known by its index and term only.
 #[derive(Debug)]
 pub struct Mirror {
@@ -18,6 +21,8 @@ pub struct Mirror {
     /// Those that are forgotten and not freed yet, then those behind `start`.
     entries: VecDeque<Entry>,
     forgotten: usize,
+    /// What those take that are not forgotten.
+    memory_bytes: u64,
     /// Bytes of command that were ever appended.
     appended_bytes: u64,
     hard_state: HardState,
@@ -36,6 +41,7 @@ impl Mirror {
             start,
             entries: VecDeque::new(),
             forgotten: 0,
+            memory_bytes: 0,
             appended_bytes: 0,
             hard_state,
             conf_state,
@@ -53,17 +59,26 @@ impl Mirror {
         };
         let (first, next) = (first.index, self.last() + 1);
         assert!(self.start.0 < first && first <= next, "append at {first} to a log of {:?}..{next}", self.start);
-        self.entries.truncate(self.place(first));
+        let kept = self.place(first);
+        self.memory_bytes -= self.entries.range(kept..).map(memory).sum::<u64>();
+        self.entries.truncate(kept);
+        self.memory_bytes += entries.iter().map(memory).sum::<u64>();
         self.appended_bytes += entries.iter().map(|entry| entry.data.len() as u64).sum::<u64>();
         self.entries.extend(entries);
     }
 
-    /// Forgets the entries up to `index`, which a snapshot covers. Their memory is freed by [`Mirror::sweep`].
+    /// Forgets the entries up to `index`. Their memory is freed by [`Mirror::sweep`].
     pub fn compact(&mut self, index: u64) {
-        if index > self.start.0 {
-            let place = self.place(index);
-            self.start = (index, self.entries[place].term);
-            self.forgotten = place + 1;
+        self.shrink(index, 0);
+    }
+
+    /// Forgets entries, the oldest first, none above `index`, until no more than `bytes` of memory are taken.
+    pub fn shrink(&mut self, index: u64, bytes: u64) {
+        while self.memory_bytes > bytes && self.start.0 < index {
+            let oldest = &self.entries[self.forgotten];
+            self.memory_bytes -= memory(oldest);
+            self.start = (oldest.index, oldest.term);
+            self.forgotten += 1;
         }
     }
 
@@ -77,7 +92,7 @@ impl Mirror {
     /// Starts anew behind a snapshot that was received.
     pub fn restore(&mut self, snapshot: &SnapshotMetadata) {
         self.start = (snapshot.index, snapshot.term);
-        self.forgotten = self.entries.len();
+        (self.forgotten, self.memory_bytes) = (self.entries.len(), 0);
         self.conf_state = snapshot.get_conf_state().clone();
         self.snapshot = Some(snapshot.clone());
     }
@@ -112,7 +127,10 @@ impl Mirror {
     /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than `bytes`.
     pub fn reach_back(&self, index: u64, from: u64, bytes: u64) -> u64 {
         let index = index.min(self.last());
-        let from = from.max(self.start.0).min(index);
+        if index <= self.start.0.max(from) {
+            return index;
+        }
+        let from = from.max(self.start.0);
         let mut sum = 0;
         let fits = |entry: &&Entry| {
             sum += entry.data.len() as u64;
@@ -120,6 +138,11 @@ impl Mirror {
         };
         let behind = self.entries.range(self.place(from + 1)..self.place(index + 1));
         index - behind.rev().take_while(fits).count() as u64
+    }
+
+    /// What the entries take in memory, as good as one can tell.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
     }
 
     /// Bytes of command that were appended since the start, those included that it found.
@@ -218,6 +241,10 @@ impl Storage for Mirror {
     }
 }
 
+fn memory(entry: &Entry) -> u64 {
+    ENTRY_BYTES + entry.data.len() as u64
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -250,7 +277,7 @@ mod tests {
         assert_eq!((mirror.term(3).unwrap(), mirror.term(2).is_err()), (2, true));
         mirror.append(vec![entry(5, 2), entry(6, 2)]);
         assert_eq!((mirror.reach_back(6, 0, 250), mirror.reach_back(5, 0, 250), mirror.reach_back(6, 0, 0)), (4, 3, 6));
-        assert_eq!((mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250)), (5, 6));
+        assert_eq!((mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250), mirror.reach_back(2, 0, 250)), (5, 6, 2));
         assert_eq!(mirror.appended_bytes(), 500);
     }
 
@@ -275,7 +302,7 @@ mod tests {
                 swept.sweep();
                 let answers = |mirror: &Mirror| {
                     let all = mirror.entries(mirror.start() + 1, mirror.last() + 1, None, GetEntriesContext::empty(false));
-                    (mirror.start(), all, mirror.term(index), mirror.reach_back(index, 0, 500))
+                    (mirror.start(), mirror.memory_bytes(), all, mirror.term(index), mirror.reach_back(index, 0, 500))
                 };
                 prop_assert_eq!(answers(&swept), answers(&plain));
             }
@@ -284,6 +311,19 @@ mod tests {
             }
             prop_assert_eq!(swept.entries.len() as u64, swept.last() - swept.start());
         }
+    }
+
+    #[test]
+    fn the_oldest_are_forgotten_where_memory_is_short() {
+        let mut mirror = mirror((2..12).map(|index| entry(index, 1)).collect());
+        let one = mirror.memory_bytes() / 10;
+        mirror.shrink(11, 7 * one);
+        assert_eq!((mirror.start(), mirror.memory_bytes()), (4, 7 * one));
+        mirror.shrink(5, one);
+        assert_eq!((mirror.start(), mirror.memory_bytes()), (5, 6 * one), "none above the index");
+        mirror.shrink(3, 0);
+        mirror.append(vec![entry(9, 2)]);
+        assert_eq!((mirror.start(), mirror.memory_bytes()), (5, 4 * one));
     }
 
     /// A snapshot that lacks its receiver is ignored there in silence, and the leader would wait for ever.

@@ -207,7 +207,7 @@ impl<A: Send + 'static> Node<A> {
             reads: Reads::new(id, boot),
             forwards: JoinSet::new(),
             changes: Changes::new(id, boot),
-            snapshotting: Snapshotting::new(ends.snapshots.clone(), settings.snapshots.clone(), meta.index),
+            snapshotting: Snapshotting::new(ends.snapshots.clone(), settings.snapshots.clone(), meta.index, base.0),
             writing: VecDeque::new(),
             last_write: 0,
             room: Room::Ok,
@@ -405,6 +405,7 @@ impl<A: Send + 'static> Node<A> {
             commits.push(Commit::Barrier { replies });
         }
         self.snapshot_if_due(&mut commits);
+        self.shrink_log();
         if !commits.is_empty() {
             self.ends.metrics.raft_commit_index.set(self.core.position().commit as i64);
             self.ends.commits.publish(commits)?;

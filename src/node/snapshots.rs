@@ -49,6 +49,8 @@ pub struct Policy {
     /// Entries kept behind a snapshot for slow followers, as long as they are no more than `catchup_bytes`.
     pub catchup_entries: u64,
     pub catchup_bytes: u64,
+    /// What the log may take in memory, if that is more than what is kept for slow followers.
+    pub memory_bytes: u64,
     /// Snapshot files kept.
     pub keep: usize,
 }
@@ -72,6 +74,8 @@ pub struct Snapshotting {
     /// Bytes appended to the log when the last one was done, and the size of its file.
     last_bytes: u64,
     last_size_bytes: u64,
+    /// Index of the last entry that the log on the disk no longer holds.
+    log_base: u64,
     taking: bool,
     not_before: u64,
     /// From the leader, stepped and not yet durable in the log.
@@ -82,14 +86,15 @@ pub struct Snapshotting {
 }
 
 impl Snapshotting {
-    /// `last` is the index of the snapshot that the service starts from.
-    pub fn new(files: Arc<Snapshots>, policy: Policy, last: u64) -> Self {
+    /// `last` is the index of the snapshot that the service starts from, `log_base` of the last entry before the log.
+    pub fn new(files: Arc<Snapshots>, policy: Policy, last: u64, log_base: u64) -> Self {
         Snapshotting {
             files,
             policy,
             last: (last, 0),
             last_bytes: 0,
             last_size_bytes: 0,
+            log_base,
             taking: false,
             not_before: 0,
             received: None,
@@ -241,12 +246,36 @@ impl<A: Send + 'static> Node<A> {
         self.published = meta.index;
         self.snapshotting.last = (meta.index, self.now);
         self.snapshotting.last_bytes = self.core.appended_bytes();
+        self.snapshotting.log_base = meta.index;
         let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
         self.snapshotting.work.spawn(async move {
             let purged = blocking::run(move || files.purge(keep, index)).await;
             Done::Purged(purged.expect("removing files does not panic"))
         });
         commits.push(Commit::Restore { index: meta.index, image });
+    }
+
+    /// Who is on the way to catch up must find the entries behind its snapshot, or it would need one after the other: up to
+    /// where the log of the last such member goes.
+    fn slowest_follower(&self) -> Option<u64> {
+        let followers = self.members.iter().filter(|member| self.is_up(member.id));
+        followers.filter_map(|member| self.core.reached(member.id)).min()
+    }
+
+    /// Between two snapshots of a large state the log grows long. The disk needs all of it for a restart; memory only what
+    /// followers may ask for.
+    pub(super) fn shrink_log(&mut self) {
+        let policy = &self.snapshotting.policy;
+        let (memory, entries) = (policy.memory_bytes, policy.catchup_entries);
+        let more = memory.max(policy.catchup_bytes);
+        if self.core.log_memory_bytes() <= memory || self.core.is_restoring() {
+            return;
+        }
+        let covered = self.published.min(self.slowest_follower().unwrap_or(self.published));
+        self.core.shrink(covered.min(self.published.saturating_sub(entries)), memory);
+        self.core.shrink(covered, more);
+        // However slow a follower is. What is behind the newest snapshot stays, or that would help nobody.
+        self.core.shrink(self.snapshotting.last.0, more.max(SLOW_BYTES_MAX));
     }
 
     /// What the snapshot covers may go, but for what slow followers may still need.
@@ -258,16 +287,16 @@ impl<A: Send + 'static> Node<A> {
         let policy = &self.snapshotting.policy;
         let by_entries = meta.index.saturating_sub(policy.catchup_entries);
         let mut keep_from = self.core.reach_back(meta.index, by_entries, policy.catchup_bytes);
-        // Who is on the way to catch up must find the entries behind its snapshot, or it would need one after the other.
-        let followers = self.members.iter().filter(|member| self.is_up(member.id));
-        let slowest = followers.filter_map(|member| self.core.reached(member.id)).min();
-        if let Some(slowest) = slowest.filter(|slowest| *slowest < keep_from) {
+        if let Some(slowest) = self.slowest_follower().filter(|slowest| *slowest < keep_from) {
             keep_from = keep_from.min(self.core.reach_back(meta.index, slowest, SLOW_BYTES_MAX));
         }
         let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
         metadata.set_conf_state(conf_state(meta));
-        if let Some(term) = self.core.term_at(keep_from).filter(|_| keep_from > self.core.forgotten()) {
+        // Memory may hold less than the disk by now.
+        let term = if keep_from == meta.index { Some(meta.term) } else { self.core.term_at(keep_from) };
+        if let Some(term) = term.filter(|_| keep_from > self.snapshotting.log_base) {
             self.ends.wal.compact(keep_from, term);
+            self.snapshotting.log_base = keep_from;
         }
         self.core.compact(metadata, keep_from);
         self.snapshotting.last = (meta.index, self.now);

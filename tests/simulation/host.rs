@@ -367,6 +367,7 @@ impl World {
                 log_bytes: 1 << 20,
                 catchup_entries: limits.catchup_entries,
                 catchup_bytes: 64 << 10,
+                memory_bytes: 16 << 10,
                 keep: limits.snapshot_keep,
             },
         };
