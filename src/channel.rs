@@ -132,7 +132,7 @@ pub struct NodeStatus {
 pub struct SnapshotStatus {
     /// Of the newest one, 0 before the first.
     pub index: u64,
-    /// The first entry that the log still holds.
+    /// The first entry that the log on the disk still holds.
     pub log_from: u64,
 }
 

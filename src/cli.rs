@@ -156,7 +156,7 @@ struct Flags {
     #[arg(long, env = "RAFTKV_DATA_DIR", value_name = "DIR", hide_env_values = true, help_heading = "Storage")]
     data_dir: Option<PathBuf>,
 
-    /// Size of a log segment; one spare of this size is kept ready
+    /// Size of a log segment; a spare is made ready in time
     #[arg(long, env = "RAFTKV_WAL_SEGMENT_BYTES", value_name = "BYTES", default_value = "64MiB")]
     #[arg(help_heading = "Storage", hide_env_values = true)]
     #[arg(value_parser = value(|text| bytes(text, WAL_SEGMENT_BYTES_MIN..=WAL_SEGMENT_BYTES_MAX)))]
@@ -188,7 +188,7 @@ struct Flags {
     #[arg(help_heading = "Snapshots", value_parser = value(|text| number(text, 1..=1000)))]
     snapshot_keep: u64,
 
-    /// Entries kept in the log behind a snapshot, for followers that are slow or away for a moment
+    /// Entries kept in the log, at least, for followers that are slow or away for a moment
     #[arg(long, env = "RAFTKV_SNAPSHOT_CATCHUP_ENTRIES", value_name = "ENTRIES", default_value = "10000")]
     #[arg(help_heading = "Snapshots", hide_env_values = true, value_parser = value(|text| number(text, 0..=u64::MAX)))]
     snapshot_catchup_entries: u64,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How long writes wait at most: where a commit takes longer, on a slow network or disk, many batches are under way.
+/// How long writes wait at most, and up to as long again until the timer comes round: where a commit takes longer, on a slow network or disk, many batches are under way.
 const WAIT_MAX: Duration = Duration::from_millis(1);
 
 pub struct Batches {

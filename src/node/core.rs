@@ -354,6 +354,11 @@ impl Core {
         Some(progress.matched.max(progress.pending_snapshot))
     }
 
+    /// Whether a snapshot is on its way to this follower.
+    pub fn is_sent_a_snapshot(&self, id: u64) -> bool {
+        self.raw.raft.prs().get(id).is_some_and(|progress| progress.pending_snapshot > 0)
+    }
+
     /// The newest snapshot does not arrive anywhere: the next follower that needs one has a new one made.
     pub fn forget_snapshot(&mut self) {
         self.raw.mut_store().forget_snapshot();

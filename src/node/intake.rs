@@ -163,7 +163,7 @@ impl<A: Send + 'static> Node<A> {
             leader: at.leader,
             commit: at.commit,
             members: members.collect(),
-            snapshot: SnapshotStatus { index: self.snapshotting.newest(), log_from: self.core.forgotten() + 1 },
+            snapshot: SnapshotStatus { index: self.snapshotting.newest(), log_from: self.snapshotting.log_from() },
             wal: serde_json::json!(self.ends.wal.status()),
             queues: Queues {
                 proposals: self.pending.len(),

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 
-/// Entries that [`Mirror::sweep`] frees at once: to free all that a snapshot covers would hold up every write behind it.
+/// Entries that [`Mirror::sweep`] frees at once, if no more than half as many were appended: to free all that a snapshot
+/// covers would hold up every write behind it.
 const SWEPT_MAX: usize = 2048;
 
 /// What an entry takes in memory beside its command: itself, the room that the queue keeps for more, and its context.
@@ -21,6 +22,8 @@ pub struct Mirror {
     /// Those that are forgotten and not freed yet, then those behind `start`.
     entries: VecDeque<Entry>,
     forgotten: usize,
+    /// Appended since the last sweep.
+    unswept: usize,
     /// What those take that are not forgotten.
     memory_bytes: u64,
     /// Bytes of command that were ever appended.
@@ -41,6 +44,7 @@ impl Mirror {
             start,
             entries: VecDeque::new(),
             forgotten: 0,
+            unswept: 0,
             memory_bytes: 0,
             appended_bytes: 0,
             hard_state,
@@ -63,6 +67,7 @@ impl Mirror {
         self.memory_bytes -= self.entries.range(kept..).map(memory).sum::<u64>();
         self.entries.truncate(kept);
         self.memory_bytes += entries.iter().map(memory).sum::<u64>();
+        self.unswept += entries.len();
         self.appended_bytes += entries.iter().map(|entry| entry.data.len() as u64).sum::<u64>();
         self.entries.extend(entries);
     }
@@ -84,7 +89,7 @@ impl Mirror {
 
     /// Frees some of what is forgotten.
     pub fn sweep(&mut self) {
-        let swept = self.forgotten.min(SWEPT_MAX);
+        let swept = self.forgotten.min(SWEPT_MAX.max(2 * std::mem::take(&mut self.unswept)));
         self.entries.drain(..swept);
         self.forgotten -= swept;
     }
@@ -277,7 +282,10 @@ mod tests {
         assert_eq!((mirror.term(3).unwrap(), mirror.term(2).is_err()), (2, true));
         mirror.append(vec![entry(5, 2), entry(6, 2)]);
         assert_eq!((mirror.reach_back(6, 0, 250), mirror.reach_back(5, 0, 250), mirror.reach_back(6, 0, 0)), (4, 3, 6));
-        assert_eq!((mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250), mirror.reach_back(2, 0, 250)), (5, 6, 2));
+        assert_eq!(
+            (mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250), mirror.reach_back(2, 0, 250)),
+            (5, 6, 2)
+        );
         assert_eq!(mirror.appended_bytes(), 500);
     }
 

@@ -108,7 +108,11 @@ impl<A: Send + 'static> Node<A> {
 
     /// Whether a member was heard of within an election time-out.
     pub(super) fn is_up(&self, id: u64) -> bool {
-        let heard = |tick: &u64| self.now - tick <= self.settings.election_ticks as u64;
+        self.was_up_within(self.settings.election_ticks as u64, id)
+    }
+
+    pub(super) fn was_up_within(&self, ticks: u64, id: u64) -> bool {
+        let heard = |tick: &u64| self.now - tick <= ticks;
         id == self.settings.id || self.heard.get(&id).is_some_and(heard)
     }
 

@@ -23,8 +23,11 @@ use crate::wal::snapshot::{Meta, Snapshots};
 /// many entries that takes: a large state that changes little by little is not written again and again.
 const SMALL_BYTES: u64 = 1 << 20;
 
-/// Bytes of command kept for members that are up and far behind.
+/// Bytes kept for members that are far behind: of command on the disk, of all in memory.
 const SLOW_BYTES_MAX: u64 = 256 << 20;
+
+/// Election time-outs for which a member may be silent and the log is kept for it: it may come back, or be busy with a snapshot.
+const SLOW_TIMEOUTS: u64 = 10;
 
 /// Ticks between a failed transfer and the next, more with each failure, up to so many.
 const FAILURE_TICKS: u64 = 5;
@@ -49,7 +52,7 @@ pub struct Policy {
     /// Entries kept behind a snapshot for slow followers, as long as they are no more than `catchup_bytes`.
     pub catchup_entries: u64,
     pub catchup_bytes: u64,
-    /// What the log may take in memory, if that is more than what is kept for slow followers.
+    /// What the log may take in memory where no slow follower needs more of it.
     pub memory_bytes: u64,
     /// Snapshot files kept.
     pub keep: usize,
@@ -106,6 +109,11 @@ impl Snapshotting {
     /// The next piece of work that is done, if any is under way.
     pub async fn done(&mut self) -> Option<Result<SnapshotDone, JoinError>> {
         self.work.join_next().await.map(|done| done.map(SnapshotDone))
+    }
+
+    /// The first entry that the log on the disk holds.
+    pub fn log_from(&self) -> u64 {
+        self.log_base + 1
     }
 
     /// Index of the newest one, 0 before the first.
@@ -258,12 +266,16 @@ impl<A: Send + 'static> Node<A> {
     /// Who is on the way to catch up must find the entries behind its snapshot, or it would need one after the other: up to
     /// where the log of the last such member goes.
     fn slowest_follower(&self) -> Option<u64> {
-        let followers = self.members.iter().filter(|member| self.is_up(member.id));
+        let ticks = SLOW_TIMEOUTS * self.settings.election_ticks as u64;
+        let followers = self
+            .members
+            .iter()
+            .filter(|member| self.was_up_within(ticks, member.id) || self.core.is_sent_a_snapshot(member.id));
         followers.filter_map(|member| self.core.reached(member.id)).min()
     }
 
-    /// Between two snapshots of a large state the log grows long. The disk needs all of it for a restart; memory only what
-    /// followers may ask for.
+    /// Between two snapshots of a large state the log grows long. The disk needs all of it for a restart; memory what followers
+    /// may soon ask for. Whoever asks for more gets a snapshot.
     pub(super) fn shrink_log(&mut self) {
         let policy = &self.snapshotting.policy;
         let (memory, entries) = (policy.memory_bytes, policy.catchup_entries);

@@ -124,7 +124,10 @@ mod tests {
         for len in [0, 1, COPIED_BYTES_MAX, COPIED_BYTES_MAX + 1] {
             let whole = Bytes::from(vec![7; len + 10]);
             let entry = KeyValue::new(b"key", &whole[10..], &whole, REVISIONS);
-            assert_eq!((entry.value(), entry.to_bytes(), entry.revisions()), (&whole[10..], whole.slice(10..), REVISIONS));
+            assert_eq!(
+                (entry.value(), entry.to_bytes(), entry.revisions()),
+                (&whole[10..], whole.slice(10..), REVISIONS)
+            );
             let shared = len > COPIED_BYTES_MAX;
             assert_eq!(std::ptr::eq(entry.value(), &whole[10..]) && len > 0, shared, "{len} bytes");
             assert_eq!(std::ptr::eq(&entry.to_bytes()[..], entry.value()) && len > 0, shared);

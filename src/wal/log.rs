@@ -83,7 +83,8 @@ impl Wal {
             disk.sync_dir(data_dir)?;
         }
         let spare = Arc::new(Spare::find(disk.clone(), options, metrics.clone())?);
-        let mut active = Segment::draft(disk.as_ref(), &options.dir, spare.take()?, options.segment_bytes, FIRST_ID, 1)?;
+        let mut active =
+            Segment::draft(disk.as_ref(), &options.dir, spare.take()?, options.segment_bytes, FIRST_ID, 1)?;
         let mut frame = Vec::new();
         record::begin_frame(&mut frame);
         record::put_founding(&mut frame, founders);

@@ -1,6 +1,7 @@
 //! The log on its own thread: appends queue here and are taken together, so that the slower the disk, the more goes
 //! into one sync. A second thread prepares the spare segment: in a new log after the first append, when the node serves;
-//! later where a segment is half full and none before it was freed, which would have become the spare.
+//! later where a segment is a quarter full, or too full for what is to come, and none before it was freed, which would have
+//! become the spare.
 //!
 //! The queue has no bound of its own: the node, which must never wait here, stops taking proposals by
 //! [`Writer::queued_bytes`]. Whatever happens is told through the one callback; called by `node`.
@@ -63,6 +64,8 @@ enum Work {
     },
     /// The room may have changed.
     Room,
+    /// There was not enough of it.
+    Short,
     Close,
 }
 
@@ -104,7 +107,7 @@ impl Writer {
         let (work, queue) = unbounded_channel();
         let (counts, spare, metrics) = (wal.counts.clone(), wal.spare.clone(), wal.metrics.clone());
         let queued_bytes = Arc::new(AtomicU64::new(0));
-        let mut task = Task {
+        let task = Task {
             wal,
             queue,
             events,
@@ -115,10 +118,6 @@ impl Writer {
             wishes,
             wished_behind: 0,
         };
-        // Where little room is left nobody may append, and no append would ever ask for more.
-        if task.is_half_full() {
-            task.wish();
-        }
         (Writer { work, thread: None, queued_bytes, counts, spare, metrics }, task)
     }
 
@@ -141,15 +140,19 @@ impl Writer {
         self.queued_bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether appends of so many more bytes surely find room behind what is queued, in segments that are there. Never
-    /// waits.
+    /// Whether appends of so many more bytes surely find room behind what is queued, in segments that are there. If not, a
+    /// spare is prepared, if that can be. Never waits.
     pub fn has_room_for(&self, bytes: u64) -> bool {
         let active = self.counts.active_room_bytes.load(Ordering::Relaxed);
         let spare = self.spare.room_bytes();
         // A frame does not span segments: the end of the active one may stay unused, up to a frame's length.
         let both = (active + spare).saturating_sub(if spare > 0 { FRAME_BYTES_MAX } else { 0 });
         let usable = active.max(spare).max(both);
-        self.queued_bytes() + bytes <= usable
+        let fits = self.queued_bytes() + bytes <= usable;
+        if !fits {
+            self.send(Work::Short);
+        }
+        fits
     }
 
     pub fn status(&self) -> Status {
@@ -249,21 +252,24 @@ impl Task {
         let queued = self.queued_bytes.fetch_sub(taken_bytes, Ordering::Relaxed) - taken_bytes;
         self.metrics.wal_queued_bytes.set(queued.cast_signed());
         (self.events)(Event::Persisted { number });
-        let id = self.wal.active.header.id;
-        if self.wished_behind != id && (id == FIRST_ID || self.is_half_full()) {
+        if self.wal.active.header.id == FIRST_ID || self.is_quarter_full() {
             self.wish();
         }
         Ok(())
     }
 
-    fn is_half_full(&self) -> bool {
+    fn is_quarter_full(&self) -> bool {
         let active = &self.wal.active;
-        active.room_bytes() < (active.size_bytes - HEADER_BYTES) / 2
+        active.room_bytes() < (active.size_bytes - HEADER_BYTES) / 4 * 3
     }
 
+    /// Asks for a spare, once behind each segment.
     fn wish(&mut self) {
-        self.wished_behind = self.wal.active.header.id;
-        self.wishes.send(()).expect("whoever prepares spares outlives the log");
+        let id = self.wal.active.header.id;
+        if self.wished_behind != id {
+            self.wished_behind = id;
+            self.wishes.send(()).expect("whoever prepares spares outlives the log");
+        }
     }
 
     fn compact(&mut self, then: &Then) -> Result<(), Error> {
@@ -287,6 +293,7 @@ impl Task {
                 }
                 Work::Compact { index, term } => return (bytes, Then::Compact { index, term }),
                 Work::Room => {}
+                Work::Short => self.wish(),
                 Work::Close => return (bytes, Then::Close),
             }
             if bytes >= TAKE_BYTES_MAX {
@@ -529,6 +536,31 @@ mod tests {
         while !writer.has_room_for(1000) {
             assert!(Instant::now() < deadline, "no room");
             thread::sleep(Duration::from_millis(1));
+        }
+        writer.close();
+    }
+
+    /// A segment that is not a quarter full may still be too full for what is to come.
+    #[test]
+    fn whoever_finds_no_room_gets_a_spare() {
+        let disk = MemoryDisk::new();
+        let (writer, events) = spawn(&disk);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        writer.append(append(2));
+        while writer.spare.room_bytes() == 0 {
+            assert!(Instant::now() < deadline, "no spare behind the first segment");
+            thread::yield_now();
+        }
+        // Into the second segment, which takes that spare.
+        for index in 3..10 {
+            writer.append(append(index));
+            while !matches!(wait(&events), Event::Persisted { number } if number == index) {}
+        }
+        assert_eq!((writer.spare.room_bytes(), writer.status().segments), (0, 2));
+        assert!(writer.counts.active_room_bytes.load(Ordering::Relaxed) > (SEGMENT_BYTES - HEADER_BYTES) / 4 * 3);
+        while !writer.has_room_for(SEGMENT_BYTES - HEADER_BYTES - 100) {
+            assert!(Instant::now() < deadline, "no room");
+            thread::yield_now();
         }
         writer.close();
     }

@@ -355,7 +355,9 @@ impl Oracle {
             let keys = &self.reference.keys;
             let same = state.len() == keys.len()
                 && keys.iter().all(|(key, (value, revision))| {
-                    state.get(key).is_some_and(|found| (found.value(), found.revisions().modify) == (&value[..], *revision))
+                    state
+                        .get(key)
+                        .is_some_and(|found| (found.value(), found.revisions().modify) == (&value[..], *revision))
                 });
             self.expect(same, || format!("host {host} holds other keys than it should at entry {index}"));
         }
