@@ -1,4 +1,4 @@
-//! The log as raft sees it: a mirror in memory of what the WAL holds or is about to hold. Raft reads entries from here;
+//! The log as raft sees it: a mirror in memory of the end of what the WAL holds or is about to hold. Raft reads entries from here;
 //! the node writes here before it tells raft that it has done so. Pure; used by `core`.
 
 use std::cell::Cell;
