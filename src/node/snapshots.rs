@@ -19,8 +19,8 @@ use crate::channel::{Commit, WriteImage};
 use crate::wal;
 use crate::wal::snapshot::{Meta, Snapshots};
 
-/// A snapshot larger than this is not followed by another until the log has grown by half of its size, however
-/// many entries that takes: a large state that changes little by little is not written again and again.
+/// A snapshot larger than this is not followed by another until the log has grown by its size, however many entries
+/// that takes: a large state that changes little by little is not written again and again.
 const SMALL_BYTES: u64 = 1 << 20;
 
 /// Bytes kept for members that are far behind: of command on the disk, of all in memory.
@@ -143,7 +143,7 @@ impl<A: Send + 'static> Node<A> {
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
-        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes / 2;
+        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes;
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }
