@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use protobuf::Message as _;
 use raft::eraftpb::{
     ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message, MessageType, SnapshotMetadata,
@@ -280,10 +280,11 @@ impl Core {
         if proposals.is_empty() {
             return Ok(first);
         }
-        let entries = proposals.iter().map(|(request, command)| Entry {
-            data: command.clone(),
-            context: Bytes::copy_from_slice(&request.to_bytes()),
-            ..Entry::default()
+        // One allocation for all of them.
+        let mut contexts = BytesMut::with_capacity(proposals.len() * RequestId::BYTES);
+        let entries = proposals.iter().map(|(request, command)| {
+            contexts.extend_from_slice(&request.to_bytes());
+            Entry { data: command.clone(), context: contexts.split().freeze(), ..Entry::default() }
         });
         let mut message = Message { from: raft.id, entries: entries.collect(), ..Message::default() };
         message.set_msg_type(MessageType::MsgPropose);
@@ -516,7 +517,7 @@ impl Core {
                 turn.changes.push((entry.index, change));
             }
         }
-        turn.committed.extend(committed);
+        extend(&mut turn.committed, committed);
         self.raw.advance_apply_to(last);
     }
 
@@ -556,7 +557,7 @@ impl Core {
             return;
         }
         if until <= self.persisted {
-            turn.messages.extend(messages);
+            extend(&mut turn.messages, messages);
         } else {
             self.held.push_back((until, messages));
         }
@@ -568,10 +569,19 @@ impl Core {
         self.held.retain_mut(|(until, messages)| {
             let due = *until <= persisted;
             if due {
-                turn.messages.append(messages);
+                extend(&mut turn.messages, std::mem::take(messages));
             }
             !due
         });
+    }
+}
+
+/// Appends; what comes first keeps its allocation.
+fn extend<T>(all: &mut Vec<T>, more: Vec<T>) {
+    if all.is_empty() {
+        *all = more;
+    } else {
+        all.extend(more);
     }
 }
 

@@ -11,6 +11,9 @@ use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 /// covers would hold up every write behind it.
 const SWEPT_MAX: usize = 2048;
 
+/// Entries for which [`Storage::entries`] has room at once, where so many are asked for: most turns have fewer.
+const TAKEN_MAX: usize = 512;
+
 /// What an entry takes in memory beside its command: itself, the room that the queue keeps for more, and its context.
 const ENTRY_BYTES: u64 = (size_of::<Entry>() + size_of::<Entry>() / 2 + 32) as u64;
 
@@ -191,7 +194,7 @@ impl Storage for Mirror {
         }
         assert!(high <= self.last() + 1, "entries {low}..{high} of a log that ends at {}", self.last());
         let max_size = max_size.into().unwrap_or(u64::MAX);
-        let (mut size, mut taken) = (0, Vec::new());
+        let (mut size, mut taken) = (0, Vec::with_capacity(TAKEN_MAX.min((high - low) as usize)));
         for entry in self.entries.range(self.place(low)..self.place(high)) {
             // At least one, however large.
             size += u64::from(protobuf::Message::compute_size(entry));

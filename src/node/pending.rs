@@ -73,7 +73,7 @@ impl<A> Pending<A> {
     /// The oldest writes that wait to be proposed: at most `count`, and at most `bytes` unless the first is larger.
     /// Each is a try, open until [`Pending::not_proposed`] or [`Pending::refused`] closes it.
     pub fn take(&mut self, count: usize, bytes: usize) -> Vec<Proposed> {
-        let mut taken = Vec::new();
+        let mut taken = Vec::with_capacity(count.min(self.waiting.len()));
         let mut size = 0;
         while let Some(counter) = self.waiting.front() {
             let Some(ticket) = self.tickets.get_mut(counter) else {
