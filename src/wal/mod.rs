@@ -15,6 +15,7 @@ pub mod fuzzing;
 pub mod identity;
 mod image;
 mod log;
+mod ranges;
 pub mod record;
 mod recovery;
 mod replay;

@@ -68,7 +68,8 @@ pub fn begin_frame(frame: &mut Vec<u8>) {
 /// Writes the header over the place left by [`begin_frame`] and pads the end.
 pub fn seal_frame(frame: &mut Vec<u8>, seed: u32, sequence: u64) {
     let len = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a frame is at most FRAME_BYTES_MAX");
-    let crc = frame_crc(seed, sequence, len, &frame[FRAME_HEADER_BYTES..]);
+    let claim = Claim { len: len as usize, sequence, crc: 0 };
+    let crc = crc32c::crc32c_append(claim.payload_seed(seed), &frame[FRAME_HEADER_BYTES..]);
     frame[0..4].copy_from_slice(&len.to_le_bytes());
     frame[4..8].copy_from_slice(&crc.to_le_bytes());
     frame[8..16].copy_from_slice(&sequence.to_le_bytes());
@@ -89,27 +90,40 @@ impl Frame<'_> {
     }
 }
 
-/// Length and sequence that a frame at the start of `bytes` claims; `None` where it could not fit.
-pub fn frame_claim(bytes: &[u8]) -> Option<(usize, u64)> {
+/// What bytes say of themselves if they are the header of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// Of the payload.
+    pub len: usize,
+    pub sequence: u64,
+    pub crc: u32,
+}
+
+impl Claim {
+    /// What the checksum starts from when it comes to the payload.
+    pub fn payload_seed(&self, seed: u32) -> u32 {
+        let mut head = [0; 12];
+        head[..8].copy_from_slice(&self.sequence.to_le_bytes());
+        head[8..].copy_from_slice(&(self.len as u32).to_le_bytes());
+        crc32c::crc32c_append(seed, &head)
+    }
+}
+
+/// What a frame at the start of `bytes` claims; `None` where it could not fit.
+pub fn frame_claim(bytes: &[u8]) -> Option<Claim> {
     let header = bytes.get(..FRAME_HEADER_BYTES)?;
     let len = u32::from_le_bytes(array(&header[0..4])) as usize;
+    let (crc, sequence) = (u32::from_le_bytes(array(&header[4..8])), u64::from_le_bytes(array(&header[8..16])));
     let fits = len != 0 && len <= bytes.len() - FRAME_HEADER_BYTES && len < FRAME_BYTES_MAX as usize;
-    fits.then(|| (len, u64::from_le_bytes(array(&header[8..16]))))
+    fits.then_some(Claim { len, sequence, crc })
 }
 
 /// The frame at the start of `bytes`, if there is a whole one with a right checksum.
 pub fn read_frame(bytes: &[u8], seed: u32) -> Option<Frame<'_>> {
-    let (len, sequence) = frame_claim(bytes)?;
-    let payload = &bytes[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + len];
-    let crc = u32::from_le_bytes(array(&bytes[4..8]));
-    (crc == frame_crc(seed, sequence, len as u32, payload)).then_some(Frame { sequence, payload })
-}
-
-fn frame_crc(seed: u32, sequence: u64, len: u32, payload: &[u8]) -> u32 {
-    let mut head = [0; 12];
-    head[..8].copy_from_slice(&sequence.to_le_bytes());
-    head[8..].copy_from_slice(&len.to_le_bytes());
-    crc32c::crc32c_append(crc32c::crc32c_append(seed, &head), payload)
+    let claim = frame_claim(bytes)?;
+    let payload = &bytes[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + claim.len];
+    let crc = crc32c::crc32c_append(claim.payload_seed(seed), payload);
+    (crc == claim.crc).then_some(Frame { sequence: claim.sequence, payload })
 }
 
 /// Bytes that [`put_entry`] adds.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::disk::{Disk, read_all};
 use super::error::Error;
+use super::ranges::Ranges;
 use super::record::{self, FRAME_ALIGN, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Record, frame_claim, read_frame};
 use super::replay::Replay;
 use super::segment::{self, BadHeader, HEADER_BYTES, Header, Segment};
@@ -153,12 +154,18 @@ fn scan(path: &Path, bytes: &[u8], header: &Header, replay: &mut Replay) -> Resu
 /// The first good frame behind a bad one, in the same segment: its offset and sequence.
 fn later_frame(bytes: &[u8], header: &Header, scan: &Scan) -> Option<(usize, u64)> {
     let seed = header.frame_seed();
+    let mut ranges = None;
     (scan.tail + FRAME_ALIGN..used_bytes(bytes)).step_by(FRAME_ALIGN).find_map(|offset| {
-        let (_, sequence) = frame_claim(&bytes[offset..])?;
+        let claim = frame_claim(&bytes[offset..])?;
         // Most offsets are told off by a sequence that could not be here, before the cost of a checksum.
-        let frames_max = (bytes.len() / FRAME_HEADER_BYTES) as u64;
+        let frames_max = ((offset - scan.tail) / FRAME_HEADER_BYTES) as u64;
         let possible = scan.next_sequence..=scan.next_sequence.saturating_add(frames_max);
-        (possible.contains(&sequence) && read_frame(&bytes[offset..], seed).is_some()).then_some((offset, sequence))
+        if !possible.contains(&claim.sequence) {
+            return None;
+        }
+        let ranges = ranges.get_or_insert_with(|| Ranges::new(bytes));
+        let crc = ranges.append(claim.payload_seed(seed), offset + FRAME_HEADER_BYTES, claim.len);
+        (crc == claim.crc).then_some((offset, claim.sequence))
     })
 }
 
@@ -172,7 +179,7 @@ fn torn_bytes(bytes: &[u8], header: &Header, scan: &Scan) -> u64 {
     // Behind the tail of a recycled segment lie frames of its earlier life: only a header with the awaited sequence
     // tells of a torn write there.
     match frame_claim(&bytes[scan.tail..]) {
-        Some((len, sequence)) if sequence == scan.next_sequence => (FRAME_HEADER_BYTES + len) as u64,
+        Some(claim) if claim.sequence == scan.next_sequence => (FRAME_HEADER_BYTES + claim.len) as u64,
         _ => 0,
     }
 }

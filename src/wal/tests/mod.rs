@@ -228,7 +228,7 @@ fn the_last_frame_cut_at_any_byte_is_dropped() {
     let whole = disk.content(&segment_path(3)).unwrap();
     let start = last_frame.start as usize;
     let zeros_at_end = whole[..last_frame.end as usize].iter().rev().take_while(|byte| **byte == 0).count() as u64;
-    let frame_bytes = record::FRAME_HEADER_BYTES + record::frame_claim(&whole[start..]).unwrap().0;
+    let frame_bytes = record::FRAME_HEADER_BYTES + record::frame_claim(&whole[start..]).unwrap().len;
     for cut in last_frame.start..=last_frame.end {
         let mut zeros = whole.clone();
         zeros[cut as usize..].fill(0);
@@ -372,6 +372,25 @@ fn frames_of_an_earlier_life_of_the_file_are_not_read() {
         assert_eq!((Model::from(&recovered), recovered.cut_bytes), (model.clone(), 0));
         assert_eq!(recovered.compacted, Some((last, 9)));
     }
+}
+
+/// What a recycled file holds came from clients once. To read each of these claims to its end would take minutes.
+#[test]
+fn a_long_frame_claimed_at_every_place_is_no_frame() {
+    let options = Options { segment_bytes: 4 << 20, ..options() };
+    let disk = MemoryDisk::new();
+    let (mut wal, _) = Wal::create(Arc::new(disk.clone()), &options, &founders(), 100, Arc::default()).unwrap();
+    wal.append(&[append(1, 2..3)]).unwrap();
+    let path = segment::path(&options.dir, 1);
+    let mut bytes = disk.content(&path).unwrap();
+    let (tail, end) = (wal.active.tail as usize, bytes.len());
+    for at in (tail + 16..end - 16).step_by(16) {
+        bytes[at..at + 4].copy_from_slice(&((end - at - 16) as u32).to_le_bytes());
+        bytes[at + 8..at + 16].copy_from_slice(&(wal.active.header.first_sequence + 3).to_le_bytes());
+    }
+    disk.set_content(&path, bytes);
+    let (_, recovered) = Wal::open(Arc::new(disk), &options, 50, Arc::default()).unwrap();
+    assert_eq!(recovered.entries, append(1, 2..3).entries);
 }
 
 #[test]
