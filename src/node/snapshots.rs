@@ -62,8 +62,7 @@ pub struct Policy {
 pub type Image = Box<dyn io::Read + Send>;
 
 enum Done {
-    /// The snapshot, and the size of its file.
-    Taken(Result<(Meta, u64), wal::Error>),
+    Taken(Result<Meta, wal::Error>),
     Purged(Result<(), wal::Error>),
     Opened(Box<Message>, Result<(Box<Meta>, Image), wal::Error>),
 }
@@ -74,9 +73,8 @@ pub struct Snapshotting {
     policy: Policy,
     /// Index of the last one, and the tick at which it was done.
     last: (u64, u64),
-    /// Bytes appended to the log when the last one was done, and the size of its file.
+    /// Bytes appended to the log when the last one was done.
     last_bytes: u64,
-    last_size_bytes: u64,
     /// Index of the last entry that the log on the disk no longer holds.
     log_base: u64,
     taking: bool,
@@ -96,7 +94,6 @@ impl Snapshotting {
             policy,
             last: (last, 0),
             last_bytes: 0,
-            last_size_bytes: 0,
             log_base,
             taking: false,
             not_before: 0,
@@ -143,7 +140,8 @@ impl<A: Send + 'static> Node<A> {
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
-        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes;
+        let size_bytes = shots.files.size_bytes();
+        let worth = size_bytes <= SMALL_BYTES || grown >= size_bytes;
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }
@@ -163,10 +161,10 @@ impl<A: Send + 'static> Node<A> {
 
     pub(super) fn on_snapshot_done(&mut self, done: Result<SnapshotDone, JoinError>) -> Result<(), Stopped> {
         match done.expect("work on a snapshot does not panic").0 {
-            Done::Taken(Ok((meta, bytes))) => {
-                info!(index = meta.index, bytes, "snapshot taken");
+            Done::Taken(Ok(meta)) => {
+                info!(index = meta.index, bytes = self.snapshotting.files.size_bytes(), "snapshot taken");
                 self.snapshotting.taking = false;
-                self.forget_behind(&meta, bytes);
+                self.forget_behind(&meta);
             }
             Done::Taken(Err(error)) => {
                 warn!(%error, "no snapshot: the log grows until one can be written");
@@ -291,7 +289,7 @@ impl<A: Send + 'static> Node<A> {
     }
 
     /// What the snapshot covers may go, but for what slow followers may still need.
-    fn forget_behind(&mut self, meta: &Meta, bytes: u64) {
+    fn forget_behind(&mut self, meta: &Meta) {
         // A snapshot that came meanwhile is newer.
         if self.core.is_restoring() || meta.index < self.snapshotting.last.0 {
             return;
@@ -313,14 +311,13 @@ impl<A: Send + 'static> Node<A> {
         self.core.compact(metadata, keep_from);
         self.snapshotting.last = (meta.index, self.now);
         self.snapshotting.last_bytes = self.core.appended_bytes();
-        self.snapshotting.last_size_bytes = bytes;
     }
 }
 
-fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<(Meta, u64), wal::Error> {
-    let bytes = files.write(&meta, image)?;
+fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<Meta, wal::Error> {
+    files.write(&meta, image)?;
     files.purge(keep, meta.index)?;
-    Ok((meta, bytes))
+    Ok(meta)
 }
 
 /// Who votes and who learns, in raft's own record.

@@ -45,6 +45,32 @@ fn a_lone_node_restarts_from_its_snapshot() {
     }
 }
 
+/// A large state that changes little is not written again: not after fifty entries, and not because of a restart.
+#[test]
+fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
+    let mut cluster = Cluster::with_flags(1, SMALL);
+    cluster.start_all();
+    let mut acknowledged = BTreeMap::new();
+    for n in 0..3 {
+        cluster.nodes[0].must_put(&format!("large-{n}"), vec![b'v'; 900_000]);
+    }
+    fill(&cluster, 0, "small", 60, &mut acknowledged);
+    let index = |cluster: &Cluster| cluster.nodes[0].status()?["snapshot"]["index"].as_u64().filter(|index| *index > 0);
+    let first = wait_for("a snapshot", || index(&cluster));
+    for _ in 0..2 {
+        fill(&cluster, 0, "small", 150, &mut acknowledged);
+        assert_eq!(index(&cluster), Some(first));
+        cluster.nodes[0].kill();
+        cluster.nodes[0].start();
+        cluster.nodes[0].wait_ready();
+    }
+    cluster.nodes[0].must_put("large-3", vec![b'v'; 900_000]);
+    cluster.nodes[0].must_put("large-4", vec![b'v'; 900_000]);
+    cluster.nodes[0].must_put("large-5", vec![b'v'; 900_000]);
+    wait_for("the next snapshot", || index(&cluster).filter(|index| *index > first));
+    cluster.must_hold(&acknowledged);
+}
+
 /// A follower that is away past compaction is caught up by a snapshot while writes go on; killed while it installs one,
 /// it starts again, and again.
 #[test]
