@@ -260,7 +260,7 @@ impl Log {
 impl Running {
     fn start(config: &Config, opened: Opened, clients: TcpListener, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let Opened { data, members, urls, listeners } = opened;
-        let Data { identity, wal, recovered, snapshots, meta, state } = data;
+        let Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state } = data;
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(PEER_EVENTS_MAX);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -325,7 +325,7 @@ impl Running {
         Ok(Running {
             api: tokio::spawn(api.serve(vec![clients], stop_api.clone())),
             log: Log {
-                node: tokio::spawn(Node::new(settings, recovered, &meta, ends).run(stop_node.clone())),
+                node: tokio::spawn(Node::new(settings, recovered, &meta, snapshot_bytes, ends).run(stop_node.clone())),
                 store: tokio::spawn(store.run(commits_out)),
             },
             stop_api,

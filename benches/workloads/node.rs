@@ -96,7 +96,7 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
         metrics: Arc::default(),
     };
     let data = place.found(cluster_id(&founders), ID, &founders, 1).expect("a disk without faults");
-    let Data { identity, wal, recovered, snapshots, meta, state } = data;
+    let Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state } = data;
     let (proposals_in, proposals) = mpsc::channel(8192);
     let (peer_events_in, peer_events) = mpsc::channel(1);
     let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -140,7 +140,7 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
         snapshots,
         metrics: place.metrics.clone(),
     };
-    tokio::spawn(Node::new(settings, recovered, &meta, ends).run(CancellationToken::new()));
+    tokio::spawn(Node::new(settings, recovered, &meta, snapshot_bytes, ends).run(CancellationToken::new()));
     tokio::spawn(write_by(hand));
     tokio::spawn(store.run(commits_out));
     (service, leadership)

@@ -280,7 +280,7 @@ impl Core {
         if proposals.is_empty() {
             return Ok(first);
         }
-        // One allocation for all of them.
+        // All of them lie in one allocation.
         let mut contexts = BytesMut::with_capacity(proposals.len() * RequestId::BYTES);
         let entries = proposals.iter().map(|(request, command)| {
             contexts.extend_from_slice(&request.to_bytes());

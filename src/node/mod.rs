@@ -187,8 +187,9 @@ pub struct Node<A> {
 }
 
 impl<A: Send + 'static> Node<A> {
-    /// A node that goes on from what its log holds, behind the snapshot `meta` that the service starts from.
-    pub fn new(settings: Settings, recovered: Recovered, meta: &Meta, ends: Ends<A>) -> Self {
+    /// A node that goes on from what its log holds, behind the snapshot `meta` that the service starts from; its file has
+    /// `snapshot_bytes`, 0 where there is none.
+    pub fn new(settings: Settings, recovered: Recovered, meta: &Meta, snapshot_bytes: u64, ends: Ends<A>) -> Self {
         let Recovered { boot, hard_state, entries, nonces, compacted, .. } = recovered;
         let base = compacted.unwrap_or(FOUNDING);
         let fresh = hard_state.term == 0 && entries.is_empty() && base == FOUNDING;
@@ -196,6 +197,13 @@ impl<A: Send + 'static> Node<A> {
         let id = settings.id;
         let mut snapshot = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
         snapshot.set_conf_state(conf_state(meta));
+        let covered = entries.iter().take_while(|entry| entry.index <= meta.index);
+        let origin = snapshots::Origin {
+            last: meta.index,
+            last_bytes: covered.map(|entry| entry.data.len() as u64).sum(),
+            last_size_bytes: snapshot_bytes,
+            log_base: base.0,
+        };
         let Settings { election_ticks, seed, message_bytes_max, .. } = settings;
         let core =
             Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks, seed, message_bytes_max });
@@ -207,7 +215,7 @@ impl<A: Send + 'static> Node<A> {
             reads: Reads::new(id, boot),
             forwards: JoinSet::new(),
             changes: Changes::new(id, boot),
-            snapshotting: Snapshotting::new(ends.snapshots.clone(), settings.snapshots.clone(), meta.index, base.0),
+            snapshotting: Snapshotting::new(ends.snapshots.clone(), settings.snapshots.clone(), origin),
             writing: VecDeque::new(),
             last_write: 0,
             room: Room::Ok,

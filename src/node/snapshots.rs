@@ -62,9 +62,17 @@ pub struct Policy {
 pub type Image = Box<dyn io::Read + Send>;
 
 enum Done {
-    Taken(Result<Meta, wal::Error>),
+    /// The snapshot, and the size of its file.
+    Taken(Result<(Meta, u64), wal::Error>),
     Purged(Result<(), wal::Error>),
-    Opened(Box<Message>, Result<(Box<Meta>, Image), wal::Error>),
+    Opened(Box<Message>, Result<Received, wal::Error>),
+}
+
+/// A snapshot from the leader, in a file of its own.
+struct Received {
+    meta: Box<Meta>,
+    size_bytes: u64,
+    image: Image,
 }
 
 /// The node's snapshots.
@@ -73,27 +81,41 @@ pub struct Snapshotting {
     policy: Policy,
     /// Index of the last one, and the tick at which it was done.
     last: (u64, u64),
-    /// Bytes appended to the log when the last one was done.
+    /// Bytes appended to the log when the last one was done, and the size of its file.
     last_bytes: u64,
+    last_size_bytes: u64,
     /// Index of the last entry that the log on the disk no longer holds.
     log_base: u64,
     taking: bool,
     not_before: u64,
     /// From the leader, stepped and not yet durable in the log.
-    received: Option<(Box<Meta>, Image)>,
+    received: Option<Received>,
     /// Members to which transfers failed: how many in a row, and the tick at which raft is told of the last.
     failed: BTreeMap<u64, (u64, u64)>,
     work: JoinSet<Done>,
 }
 
+/// Where a node starts.
+pub struct Origin {
+    /// The index of the snapshot that the service starts from.
+    pub last: u64,
+    /// Bytes of command in the log up to there.
+    pub last_bytes: u64,
+    /// Of that snapshot's file; 0 where it has none.
+    pub last_size_bytes: u64,
+    /// The index of the last entry before the log.
+    pub log_base: u64,
+}
+
 impl Snapshotting {
-    /// `last` is the index of the snapshot that the service starts from, `log_base` of the last entry before the log.
-    pub fn new(files: Arc<Snapshots>, policy: Policy, last: u64, log_base: u64) -> Self {
+    pub fn new(files: Arc<Snapshots>, policy: Policy, origin: Origin) -> Self {
+        let Origin { last, last_bytes, last_size_bytes, log_base } = origin;
         Snapshotting {
             files,
             policy,
             last: (last, 0),
-            last_bytes: 0,
+            last_bytes,
+            last_size_bytes,
             log_base,
             taking: false,
             not_before: 0,
@@ -140,8 +162,7 @@ impl<A: Send + 'static> Node<A> {
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
-        let size_bytes = shots.files.size_bytes();
-        let worth = size_bytes <= SMALL_BYTES || grown >= size_bytes;
+        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes;
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }
@@ -161,10 +182,10 @@ impl<A: Send + 'static> Node<A> {
 
     pub(super) fn on_snapshot_done(&mut self, done: Result<SnapshotDone, JoinError>) -> Result<(), Stopped> {
         match done.expect("work on a snapshot does not panic").0 {
-            Done::Taken(Ok(meta)) => {
-                info!(index = meta.index, bytes = self.snapshotting.files.size_bytes(), "snapshot taken");
+            Done::Taken(Ok((meta, bytes))) => {
+                info!(index = meta.index, bytes, "snapshot taken");
                 self.snapshotting.taking = false;
-                self.forget_behind(&meta);
+                self.forget_behind(&meta, bytes);
             }
             Done::Taken(Err(error)) => {
                 warn!(%error, "no snapshot: the log grows until one can be written");
@@ -173,7 +194,7 @@ impl<A: Send + 'static> Node<A> {
             }
             Done::Purged(Ok(())) => {}
             Done::Purged(Err(error)) => warn!(%error, "old snapshots stay until the next is taken"),
-            Done::Opened(message, Ok(opened)) => return self.step_snapshot(*message, opened),
+            Done::Opened(message, Ok(received)) => return self.step_snapshot(*message, received),
             Done::Opened(message, Err(error)) => warn!(from = message.from, %error, "a received snapshot is lost"),
         }
         Ok(())
@@ -211,23 +232,27 @@ impl<A: Send + 'static> Node<A> {
         self.snapshotting.work.spawn(async move {
             let opened = blocking::run(move || files.read(index, term)).await;
             let opened = opened.expect("opening a snapshot does not panic");
-            Done::Opened(Box::new(message), opened.map(|(meta, image)| (Box::new(meta), Box::new(image) as Image)))
+            let received = opened.map(|(meta, image)| {
+                let size_bytes = image.size_bytes();
+                Received { meta: Box::new(meta), size_bytes, image: Box::new(image) }
+            });
+            Done::Opened(Box::new(message), received)
         });
     }
 
-    fn step_snapshot(&mut self, message: Message, (meta, image): (Box<Meta>, Image)) -> Result<(), Stopped> {
+    fn step_snapshot(&mut self, message: Message, received: Received) -> Result<(), Stopped> {
         // One that came before is being installed still: this one is as good as lost, and the leader sends another.
         if self.snapshotting.received.is_some() {
             return Ok(());
         }
-        let told = message.get_snapshot().get_metadata();
-        if (told.index, told.term, told.get_conf_state()) != (meta.index, meta.term, &conf_state(&meta)) {
+        let (told, meta) = (message.get_snapshot().get_metadata(), &received.meta);
+        if (told.index, told.term, told.get_conf_state()) != (meta.index, meta.term, &conf_state(meta)) {
             self.count_refused("snapshot meta");
             return Ok(());
         }
         match admit(&message, &self.core) {
             Ok(()) => {
-                self.snapshotting.received = Some((meta, image));
+                self.snapshotting.received = Some(received);
                 self.core.step(message);
                 Ok(())
             }
@@ -244,7 +269,8 @@ impl<A: Send + 'static> Node<A> {
 
     /// The log goes on behind a received snapshot: so does the service.
     pub(super) fn restore(&mut self, metadata: &SnapshotMetadata, commits: &mut Vec<Commit<A>>) {
-        let (meta, image) = self.snapshotting.received.take().expect("raft restores what was stepped");
+        let received = self.snapshotting.received.take().expect("raft restores what was stepped");
+        let Received { meta, size_bytes, image } = received;
         assert_eq!((meta.index, meta.term), (metadata.index, metadata.term), "the snapshot that raft restored");
         info!(index = meta.index, "snapshot installed");
         self.members.restore(&meta);
@@ -252,6 +278,7 @@ impl<A: Send + 'static> Node<A> {
         self.published = meta.index;
         self.snapshotting.last = (meta.index, self.now);
         self.snapshotting.last_bytes = self.core.appended_bytes();
+        self.snapshotting.last_size_bytes = size_bytes;
         self.snapshotting.log_base = meta.index;
         let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
         self.snapshotting.work.spawn(async move {
@@ -289,7 +316,7 @@ impl<A: Send + 'static> Node<A> {
     }
 
     /// What the snapshot covers may go, but for what slow followers may still need.
-    fn forget_behind(&mut self, meta: &Meta) {
+    fn forget_behind(&mut self, meta: &Meta, size_bytes: u64) {
         // A snapshot that came meanwhile is newer.
         if self.core.is_restoring() || meta.index < self.snapshotting.last.0 {
             return;
@@ -311,13 +338,14 @@ impl<A: Send + 'static> Node<A> {
         self.core.compact(metadata, keep_from);
         self.snapshotting.last = (meta.index, self.now);
         self.snapshotting.last_bytes = self.core.appended_bytes();
+        self.snapshotting.last_size_bytes = size_bytes;
     }
 }
 
-fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<Meta, wal::Error> {
-    files.write(&meta, image)?;
+fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result<(Meta, u64), wal::Error> {
+    let bytes = files.write(&meta, image)?;
     files.purge(keep, meta.index)?;
-    Ok(meta)
+    Ok((meta, bytes))
 }
 
 /// Who votes and who learns, in raft's own record.

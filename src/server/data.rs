@@ -31,6 +31,8 @@ pub struct Data {
     pub snapshots: Arc<Snapshots>,
     /// The snapshot that the service starts from, the founding one at first.
     pub meta: Meta,
+    /// Of its file; the founding one has none.
+    pub snapshot_bytes: u64,
     pub state: State,
 }
 
@@ -64,9 +66,10 @@ impl Place {
         let base = recovered.compacted.unwrap_or((founding.index, founding.term));
         let last = base.0 + recovered.entries.len() as u64;
         let term_at = |index: u64| term_at(base, &recovered.entries, index);
-        let (meta, state) = match snapshots.newest(base, last, term_at)? {
+        let (meta, snapshot_bytes, state) = match snapshots.newest(base, last, term_at)? {
             Some(meta) => {
                 let (_, image) = snapshots.read(meta.index, meta.term)?;
+                let size_bytes = image.size_bytes();
                 let state = read_image(image).map_err(|error| match error {
                     BadImage::NewerFormat(_) => Error::NewerImage { index: meta.index, error },
                     BadImage::Damaged(_) | BadImage::Read(_) => Error::Image { index: meta.index, error },
@@ -74,12 +77,12 @@ impl Place {
                 if state.applied() != meta.index {
                     return Err(Error::WrongImage { index: meta.index, found: state.applied() });
                 }
-                (meta, state)
+                (meta, size_bytes, state)
             }
-            None => (founding.clone(), State::founded(founding.index)),
+            None => (founding.clone(), 0, State::founded(founding.index)),
         };
         recovered.hard_state.commit = recovered.hard_state.commit.max(meta.index);
-        Ok(Data { identity, wal, recovered, snapshots, meta, state })
+        Ok(Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state })
     }
 
     /// Makes the directory of a member that starts for the first time.
@@ -91,7 +94,7 @@ impl Place {
         let snapshots = Arc::new(Snapshots::open(disk, &self.data_dir)?);
         let meta = Meta::founding(founders);
         let state = State::founded(meta.index);
-        Ok(Data { identity, wal, recovered, snapshots, meta, state })
+        Ok(Data { identity, wal, recovered, snapshots, meta, snapshot_bytes: 0, state })
     }
 }
 

@@ -178,6 +178,11 @@ pub struct Image {
 }
 
 impl Image {
+    /// Of the whole file.
+    pub fn size_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
     /// Reads the front of a file, up to the image.
     pub fn open(file: Box<dyn DiskFile>, path: &Path) -> Result<(Meta, Image), Error> {
         let file_bytes = file.size()?;

@@ -67,10 +67,10 @@ pub fn begin_frame(frame: &mut Vec<u8>) {
 
 /// Writes the header over the place left by [`begin_frame`] and pads the end.
 pub fn seal_frame(frame: &mut Vec<u8>, seed: u32, sequence: u64) {
-    let len = u32::try_from(frame.len() - FRAME_HEADER_BYTES).expect("a frame is at most FRAME_BYTES_MAX");
-    let claim = Claim { len: len as usize, sequence, crc: 0 };
-    let crc = crc32c::crc32c_append(claim.payload_seed(seed), &frame[FRAME_HEADER_BYTES..]);
-    frame[0..4].copy_from_slice(&len.to_le_bytes());
+    let payload = &frame[FRAME_HEADER_BYTES..];
+    let len = payload.len();
+    let crc = crc32c::crc32c_append(head_crc(seed, sequence, len), payload);
+    frame[0..4].copy_from_slice(&(len as u32).to_le_bytes());
     frame[4..8].copy_from_slice(&crc.to_le_bytes());
     frame[8..16].copy_from_slice(&sequence.to_le_bytes());
     frame.resize(frame.len().next_multiple_of(FRAME_ALIGN), 0);
@@ -99,14 +99,13 @@ pub struct Claim {
     pub crc: u32,
 }
 
-impl Claim {
-    /// What the checksum starts from when it comes to the payload.
-    pub fn payload_seed(&self, seed: u32) -> u32 {
-        let mut head = [0; 12];
-        head[..8].copy_from_slice(&self.sequence.to_le_bytes());
-        head[8..].copy_from_slice(&(self.len as u32).to_le_bytes());
-        crc32c::crc32c_append(seed, &head)
-    }
+/// The checksum of a frame up to its payload.
+pub fn head_crc(seed: u32, sequence: u64, len: usize) -> u32 {
+    let len = u32::try_from(len).expect("a frame is at most FRAME_BYTES_MAX");
+    let mut head = [0; 12];
+    head[..8].copy_from_slice(&sequence.to_le_bytes());
+    head[8..].copy_from_slice(&len.to_le_bytes());
+    crc32c::crc32c_append(seed, &head)
 }
 
 /// What a frame at the start of `bytes` claims; `None` where it could not fit.
@@ -122,7 +121,7 @@ pub fn frame_claim(bytes: &[u8]) -> Option<Claim> {
 pub fn read_frame(bytes: &[u8], seed: u32) -> Option<Frame<'_>> {
     let claim = frame_claim(bytes)?;
     let payload = &bytes[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + claim.len];
-    let crc = crc32c::crc32c_append(claim.payload_seed(seed), payload);
+    let crc = crc32c::crc32c_append(head_crc(seed, claim.sequence, claim.len), payload);
     (crc == claim.crc).then_some(Frame { sequence: claim.sequence, payload })
 }
 

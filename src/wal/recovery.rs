@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use super::disk::{Disk, read_all};
 use super::error::Error;
 use super::ranges::Ranges;
-use super::record::{self, FRAME_ALIGN, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Record, frame_claim, read_frame};
+use super::record::{
+    self, FRAME_ALIGN, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Record, frame_claim, head_crc, read_frame,
+};
 use super::replay::Replay;
 use super::segment::{self, BadHeader, HEADER_BYTES, Header, Segment};
 
@@ -164,7 +166,7 @@ fn later_frame(bytes: &[u8], header: &Header, scan: &Scan) -> Option<(usize, u64
             return None;
         }
         let ranges = ranges.get_or_insert_with(|| Ranges::new(bytes));
-        let crc = ranges.append(claim.payload_seed(seed), offset + FRAME_HEADER_BYTES, claim.len);
+        let crc = ranges.append(head_crc(seed, claim.sequence, claim.len), offset + FRAME_HEADER_BYTES, claim.len);
         (crc == claim.crc).then_some((offset, claim.sequence))
     })
 }

@@ -89,8 +89,6 @@ pub struct Snapshots {
     dir: PathBuf,
     /// Numbers the unfinished files.
     unfinished: Arc<AtomicU64>,
-    /// Of the file that was written or read last.
-    size_bytes: Arc<AtomicU64>,
 }
 
 impl Snapshots {
@@ -104,17 +102,12 @@ impl Snapshots {
         }
         // A process that was killed may have left a name that is not durable. Nobody may rely on it before it is.
         disk.sync_dir(&dir)?;
-        Ok(Snapshots { disk, dir, unfinished: Arc::default(), size_bytes: Arc::default() })
+        Ok(Snapshots { disk, dir, unfinished: Arc::default() })
     }
 
-    /// The size of the file that was written or read last, the newest; 0 before the first.
-    pub fn size_bytes(&self) -> u64 {
-        self.size_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Writes a snapshot, durable when this returns. After an error there is no such snapshot, or, where only the
-    /// directory could not be synced, perhaps a whole one.
-    pub fn write(&self, meta: &Meta, image: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<(), Error> {
+    /// Writes a snapshot, durable when this returns; its size in bytes. After an error there is no such snapshot, or,
+    /// where only the directory could not be synced, perhaps a whole one.
+    pub fn write(&self, meta: &Meta, image: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<u64, Error> {
         meta.check().map_err(|why| Error::Image(io::Error::other(why)))?;
         let mut file = Unfinished::create(self)?;
         let mut writer = ImageWriter::begin(&mut file.out, meta, self.disk.random().map_err(Error::Random)?)?;
@@ -122,8 +115,7 @@ impl Snapshots {
         writer.end(outcome)?;
         let size_bytes = file.out.size_bytes();
         file.publish(meta)?;
-        self.size_bytes.store(size_bytes, Ordering::Relaxed);
-        Ok(())
+        Ok(size_bytes)
     }
 
     /// Begins to take a snapshot that comes from another member.
@@ -140,15 +132,12 @@ impl Snapshots {
     /// Opens a snapshot to restore it. The image says at its end, and not before, that it was complete.
     pub fn read(&self, index: u64, term: u64) -> Result<(Meta, Image), Error> {
         let path = self.path(index, term);
-        let file = self.disk.open(&path)?;
-        let size_bytes = file.size()?;
-        let (meta, image) = Image::open(file, &path)?;
+        let (meta, image) = Image::open(self.disk.open(&path)?, &path)?;
         if (meta.index, meta.term) != (index, term) {
             let why =
                 format!("it holds the snapshot of entry {}, term {}: the file was renamed", meta.index, meta.term);
             return Err(Error::Corrupt { file: path, offset: 0, why });
         }
-        self.size_bytes.store(size_bytes, Ordering::Relaxed);
         Ok((meta, image))
     }
 

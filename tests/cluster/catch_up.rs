@@ -64,9 +64,14 @@ fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
         cluster.nodes[0].start();
         cluster.nodes[0].wait_ready();
     }
-    cluster.nodes[0].must_put("large-3", vec![b'v'; 900_000]);
-    cluster.nodes[0].must_put("large-4", vec![b'v'; 900_000]);
-    cluster.nodes[0].must_put("large-5", vec![b'v'; 900_000]);
+    for n in 0..2 {
+        cluster.nodes[0].must_put(&format!("large-{n}"), vec![b'w'; 900_000]);
+    }
+    fill(&cluster, 0, "small", 60, &mut acknowledged);
+    assert_eq!(index(&cluster), Some(first), "two thirds of its size");
+    for n in 0..2 {
+        cluster.nodes[0].must_put(&format!("large-{n}"), vec![b'x'; 900_000]);
+    }
     wait_for("the next snapshot", || index(&cluster).filter(|index| *index > first));
     cluster.must_hold(&acknowledged);
 }

@@ -330,7 +330,7 @@ impl World {
 
     /// Wires a process, as `server` does.
     fn run(&mut self, id: u64, place: &Place, data: Data, members: Vec<Member>) {
-        let Data { identity, wal, recovered, snapshots, meta, state } = data;
+        let Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state } = data;
         let life = self.hosts[&id].life + 1;
         let seed = if self.scripted { id << 32 | life } else { self.rng.u64(..) };
         let limits = self.limits.clone();
@@ -387,7 +387,7 @@ impl World {
             metrics: place.metrics.clone(),
         };
         let applied = meta.index;
-        let node = Node::new(settings, recovered, &meta, ends).run(stop.clone());
+        let node = Node::new(settings, recovered, &meta, snapshot_bytes, ends).run(stop.clone());
         self.hosts.get_mut(&id).expect("it starts").process = Some(Process {
             life,
             boot,

@@ -42,7 +42,7 @@ fn image(index: u64) -> Vec<u8> {
     format!("state at {index} ").repeat(20).into_bytes()
 }
 
-fn write(snapshots: &Snapshots, index: u64, term: u64) -> Result<(), Error> {
+fn write(snapshots: &Snapshots, index: u64, term: u64) -> Result<u64, Error> {
     snapshots.write(&meta(index, term), |out| out.write_all(&image(index)))
 }
 
@@ -100,14 +100,10 @@ fn what_was_written_is_read_whatever_its_size() {
     let snapshots = open(&disk);
     for size in [0, 1, BLOCK_BYTES_MAX - 1, BLOCK_BYTES_MAX, BLOCK_BYTES_MAX + 1, 3 * BLOCK_BYTES_MAX + 7] {
         let bytes: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
-        let image = |out: &mut dyn Write| bytes.chunks(70_001).try_for_each(|part| out.write_all(part));
-        snapshots.write(&meta(5, 1), image).unwrap();
-        let file_bytes = disk.size(&path(5, 1)).unwrap().unwrap();
-        assert_eq!(snapshots.size_bytes(), file_bytes);
-        let anew = open(&disk);
-        assert_eq!(anew.size_bytes(), 0);
-        assert!(read(&anew, 5, 1).unwrap() == bytes, "{size} bytes");
-        assert_eq!(anew.size_bytes(), file_bytes);
+        let written = snapshots.write(&meta(5, 1), |out| bytes.chunks(70_001).try_for_each(|part| out.write_all(part)));
+        assert_eq!(disk.size(&path(5, 1)).unwrap(), Some(written.unwrap()));
+        assert_eq!(snapshots.read(5, 1).unwrap().1.size_bytes(), disk.size(&path(5, 1)).unwrap().unwrap());
+        assert!(read(&snapshots, 5, 1).unwrap() == bytes, "{size} bytes");
         let received = receive(&open(&MemoryDisk::new()), &disk.content(&path(5, 1)).unwrap()).unwrap();
         assert_eq!(received, meta(5, 1));
     }
