@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::key::Key;
 use super::state::{State, WINDOW_SIZE};
-use super::value::{KeyValue, Revisions};
+use super::value::{KeyValue, Revisions, hash};
 use super::{read_image, write_image};
 use crate::channel::RequestId;
 use crate::command::Command;
@@ -91,9 +91,10 @@ fn any_state(u: &mut Unstructured<'_>) -> Result<State> {
         let (create, modify, version) =
             if near < 200 { (1, 1 + u64::from(near) % state.revision.max(1), 1) } else { u.arbitrary()? };
         let value = Bytes::from(vec![near; usize::from(value_len)]);
-        let entry = KeyValue::new(&key, &value, &value, Revisions { create, modify, version });
-        let new = entry.hash();
-        let old = state.keys.insert(key, entry).map_or(0, |old| old.hash());
+        let revisions = Revisions { create, modify, version };
+        let new = hash(&key, &value, revisions);
+        let entry = KeyValue::new(&value, &value, revisions, new);
+        let old = state.keys.insert(key.clone(), entry).map_or(0, |old| old.hash(&key));
         state.content_hash = state.content_hash.wrapping_add(new).wrapping_sub(old);
     }
     Ok(state)

@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::key::Key;
 use super::state::{State, WINDOW_SIZE};
-use super::value::{KeyValue, Revisions};
+use super::value::{KeyValue, Revisions, hash};
 use crate::channel::COMMAND_BYTES_MAX;
 use crate::window::Window;
 
@@ -23,6 +23,9 @@ const FORMAT: u8 = 1;
 const PAIR_BYTES_MAX: usize = COMMAND_BYTES_MAX;
 /// What is reserved ahead of the bytes that fill it, and what is read or written in one step.
 const STEP_BYTES: usize = 64 << 10;
+/// Every other key that is read waits for its neighbours, up to so many: a map that is filled in order splits its last node over and
+/// over and leaves half of each empty, and those that come between fill it.
+const BETWEEN_MAX: usize = 512;
 
 /// Why bytes are no image of a state.
 #[derive(Debug, thiserror::Error)]
@@ -112,8 +115,10 @@ fn read_seen(input: &mut HashedReader<impl Read>) -> Result<BTreeMap<u64, (u64, 
 /// The keys, and the hash of the content as they make it.
 fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdMap<Key, KeyValue>, u64), BadImage> {
     let mut keys: OrdMap<Key, KeyValue> = OrdMap::new();
+    let (mut last, mut between) = (None, Vec::new());
     let mut content_hash = 0u64;
-    for _ in 0..input.number()? {
+    let count = input.number()?;
+    for n in 0..count {
         let [key_len, value_len] = [input.len()?, input.len()?];
         if key_len.saturating_add(value_len) > PAIR_BYTES_MAX {
             return Err(BadImage::Damaged("a key and its value are longer than a command can be"));
@@ -123,13 +128,25 @@ fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdM
             return Err(BadImage::Damaged("the revisions of a key are not in order"));
         }
         let (key, value) = (Key::from(&input.bytes(key_len)?[..]), input.bytes(value_len)?);
-        if keys.get_max().is_some_and(|(last, _)| key <= *last) {
+        if last.as_ref().is_some_and(|last| key <= *last) {
             return Err(BadImage::Damaged("its keys are not in order"));
         }
-        let entry = KeyValue::new(&key, &value, &value, Revisions { create, modify, version });
-        content_hash = content_hash.wrapping_add(entry.hash());
-        keys.insert(key, entry);
+        last = Some(key.clone());
+        let revisions = Revisions { create, modify, version };
+        let hash = hash(&key, &value, revisions);
+        content_hash = content_hash.wrapping_add(hash);
+        let entry = KeyValue::new(&value, &value, revisions, hash);
+        if n % 2 == 0 {
+            keys.insert(key, entry);
+        } else {
+            between.push((key, entry));
+        }
+        if between.len() == BETWEEN_MAX {
+            keys.extend(between.drain(..));
+        }
     }
+    keys.extend(between);
+    assert_eq!(keys.len() as u64, count, "each key that was read is in the map");
     Ok((keys, content_hash))
 }
 
@@ -351,6 +368,7 @@ mod tests {
             (keys + 3, 255, "longer than a command"),
             (keys + 8, 200, "revisions"),
             (keys + 24, 0, "revisions"),
+            (keys + 32, b'b', "keys are not in order"),
             (keys + 32, b'c', "keys are not in order"),
             (keys + 33, b'9', "hash of its content"),
         ] {
@@ -380,6 +398,17 @@ mod tests {
         state.apply(4, 9, RequestId { node: 1, boot: 8, counter: 1 }, &later).unwrap();
         assert_eq!(image(&view), before);
         assert_ne!(image(&state), before);
+    }
+
+    /// Every other key waits for its neighbours on the way back.
+    #[test]
+    fn states_of_many_keys_survive() {
+        for count in [2 * BETWEEN_MAX - 1, 2 * BETWEEN_MAX, 2 * BETWEEN_MAX + 1, 5 * BETWEEN_MAX] {
+            let writes: Vec<_> = (0..count).map(|n| (format!("{n:05}").into_bytes(), vec![n as u8])).collect();
+            let state = state(&writes);
+            assert_eq!(state.len(), count);
+            assert_eq!(read_image(&image(&state)[..]).unwrap(), state);
+        }
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use smallvec::SmallVec;
+use integer_encoding::VarInt;
 use triomphe::ThinArc;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
@@ -12,8 +12,9 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 /// memory, for as long as nobody writes the key again; a large one is not worth a copy.
 const COPIED_BYTES_MAX: usize = 4 << 10;
 
-/// Up to this is hashed in one piece, which takes a copy; a hasher that is fed piece by piece is a kilobyte to set up.
-const HASHED_AT_ONCE_BYTES_MAX: usize = 512;
+/// What [`in_one_piece`] takes from the stack.
+const STACK_BYTES_MAX: usize = 512;
+const VARINT_BYTES_MAX: usize = 10;
 
 /// A key's history. Revisions are the store's (etcd's rule): it starts at 1 and rises with each write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,57 +31,78 @@ pub struct KeyValue(Kept);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kept {
-    Copied(ThinArc<Numbers, u8>),
-    Shared(Arc<(Numbers, Bytes)>),
+    /// The creation, how much later the last write was, and the version, each as a varint, and the value behind them: of a
+    /// small value the numbers would be a fifth.
+    Packed(ThinArc<(), u8>),
+    Shared(Arc<Large>),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Numbers {
+#[derive(Debug, PartialEq, Eq)]
+struct Large {
     revisions: Revisions,
-    /// The key's part in the content hash: parts are added up, so that order does not matter and a change costs one key.
+    /// As [`KeyValue::hash`] says. A small value is hashed again when it is overwritten, rather than that a hash is kept for each.
     hash: u64,
+    value: Bytes,
 }
 
 impl KeyValue {
-    /// `value` is a part of `whole`, which is kept where the value is large.
-    pub(super) fn new(key: &[u8], value: &[u8], whole: &Bytes, revisions: Revisions) -> Self {
-        let numbers = Numbers { revisions, hash: hash(key, value, revisions) };
+    /// `value` is a part of `whole`, which is kept where the value is large; `hash` is what [`hash`] makes of both and the key.
+    pub(super) fn new(value: &[u8], whole: &Bytes, revisions: Revisions, hash: u64) -> Self {
         KeyValue(if value.len() <= COPIED_BYTES_MAX {
-            Kept::Copied(ThinArc::from_header_and_slice(numbers, value))
+            let (mut numbers, mut len) = ([0; 3 * VARINT_BYTES_MAX], 0);
+            for number in [revisions.create, revisions.modify.wrapping_sub(revisions.create), revisions.version] {
+                len += number.encode_var(&mut numbers[len..]);
+            }
+            Kept::Packed(in_one_piece(&[&numbers[..len], value], |packed| ThinArc::from_header_and_slice((), packed)))
         } else {
-            Kept::Shared(Arc::new((numbers, whole.slice_ref(value))))
+            Kept::Shared(Arc::new(Large { revisions, hash, value: whole.slice_ref(value) }))
         })
     }
 
     pub fn value(&self) -> &[u8] {
         match &self.0 {
-            Kept::Copied(kept) => &kept.slice,
-            Kept::Shared(kept) => &kept.1,
+            Kept::Packed(packed) => unpack(&packed.slice).1,
+            Kept::Shared(large) => &large.value,
         }
     }
 
     /// The value for somebody else to keep; a large one is not copied.
     pub fn to_bytes(&self) -> Bytes {
         match &self.0 {
-            Kept::Copied(kept) => Bytes::copy_from_slice(&kept.slice),
-            Kept::Shared(kept) => kept.1.clone(),
+            Kept::Packed(packed) => Bytes::copy_from_slice(unpack(&packed.slice).1),
+            Kept::Shared(large) => large.value.clone(),
         }
     }
 
     pub fn revisions(&self) -> Revisions {
-        self.numbers().revisions
-    }
-
-    pub(super) fn hash(&self) -> u64 {
-        self.numbers().hash
-    }
-
-    fn numbers(&self) -> &Numbers {
         match &self.0 {
-            Kept::Copied(kept) => &kept.header.header,
-            Kept::Shared(kept) => &kept.0,
+            Kept::Packed(packed) => unpack(&packed.slice).0,
+            Kept::Shared(large) => large.revisions,
         }
     }
+
+    /// The part in the content hash of the key that this is kept for: parts are added up, so that order does not matter and a
+    /// change costs one key.
+    pub(super) fn hash(&self, key: &[u8]) -> u64 {
+        match &self.0 {
+            Kept::Packed(packed) => {
+                let (revisions, value) = unpack(&packed.slice);
+                hash(key, value, revisions)
+            }
+            Kept::Shared(large) => large.hash,
+        }
+    }
+}
+
+fn unpack(packed: &[u8]) -> (Revisions, &[u8]) {
+    let mut rest = packed;
+    let mut number = || {
+        let (number, len) = u64::decode_var(rest).expect("it was packed here");
+        rest = &rest[len..];
+        number
+    };
+    let [create, later, version] = [number(), number(), number()];
+    (Revisions { create, modify: create.wrapping_add(later), version }, rest)
 }
 
 /// Of the length of the key, the key, the three numbers and the value, each behind the other.
@@ -88,14 +110,33 @@ pub(super) fn hash(key: &[u8], value: &[u8], revisions: Revisions) -> u64 {
     let len = (key.len() as u64).to_le_bytes();
     let numbers = [revisions.create, revisions.modify, revisions.version].map(u64::to_le_bytes);
     let parts = [&len, key, numbers.as_flattened(), value];
-    if parts.iter().map(|part| part.len()).sum::<usize>() <= HASHED_AT_ONCE_BYTES_MAX {
-        let mut whole = SmallVec::<[u8; HASHED_AT_ONCE_BYTES_MAX]>::new();
-        parts.iter().for_each(|part| whole.extend_from_slice(part));
-        return xxh3_64(&whole);
+    if size_bytes(&parts) <= STACK_BYTES_MAX {
+        return in_one_piece(&parts, xxh3_64);
     }
     let mut hasher = Xxh3::new();
     parts.iter().for_each(|part| hasher.update(part));
     hasher.digest()
+}
+
+fn size_bytes(parts: &[&[u8]]) -> usize {
+    parts.iter().map(|part| part.len()).sum()
+}
+
+/// Short parts are put together on the stack: a hasher that is fed piece by piece, or a vector that grows, costs more than
+/// all the rest.
+fn in_one_piece<T>(parts: &[&[u8]], then: impl FnOnce(&[u8]) -> T) -> T {
+    let len = size_bytes(parts);
+    if len > STACK_BYTES_MAX {
+        return then(&parts.concat());
+    }
+    let mut whole = [0; STACK_BYTES_MAX];
+    let mut rest = &mut whole[..];
+    for part in parts {
+        let (room, behind) = rest.split_at_mut(part.len());
+        room.copy_from_slice(part);
+        rest = behind;
+    }
+    then(&whole[..len])
 }
 
 #[cfg(test)]
@@ -107,7 +148,7 @@ mod tests {
     /// Snapshots hold it: however it is computed, it stays what it was.
     #[test]
     fn an_entry_hashes_alike_in_one_piece_and_in_several() {
-        for len in (0..20).chain(HASHED_AT_ONCE_BYTES_MAX - 40..HASHED_AT_ONCE_BYTES_MAX + 5) {
+        for len in (0..20).chain(STACK_BYTES_MAX - 40..STACK_BYTES_MAX + 5) {
             let value = vec![7; len];
             let mut hasher = Xxh3::new();
             for part in [&3u64.to_le_bytes()[..], b"key", &1u64.to_le_bytes(), &2u64.to_le_bytes(), &3u64.to_le_bytes()]
@@ -123,11 +164,16 @@ mod tests {
     fn a_small_value_lets_its_entry_go_and_a_large_one_is_not_copied() {
         for len in [0, 1, COPIED_BYTES_MAX, COPIED_BYTES_MAX + 1] {
             let whole = Bytes::from(vec![7; len + 10]);
-            let entry = KeyValue::new(b"key", &whole[10..], &whole, REVISIONS);
+            for (create, modify) in [(1, 1), (1, u64::MAX), (u64::MAX, 0)] {
+                let revisions = Revisions { create, modify, version: modify };
+                assert_eq!(KeyValue::new(&whole[10..], &whole, revisions, 7).revisions(), revisions);
+            }
+            let entry = KeyValue::new(&whole[10..], &whole, REVISIONS, hash(b"key", &whole[10..], REVISIONS));
             assert_eq!(
                 (entry.value(), entry.to_bytes(), entry.revisions()),
                 (&whole[10..], whole.slice(10..), REVISIONS)
             );
+            assert_eq!(entry.hash(b"key"), hash(b"key", &whole[10..], REVISIONS));
             let shared = len > COPIED_BYTES_MAX;
             assert_eq!(std::ptr::eq(entry.value(), &whole[10..]) && len > 0, shared, "{len} bytes");
             assert_eq!(std::ptr::eq(&entry.to_bytes()[..], entry.value()) && len > 0, shared);
