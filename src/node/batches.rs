@@ -1,41 +1,60 @@
 //! How often a leader brings writes into its log. A batch costs a turn here, a frame to each follower, a sync and some
-//! wake-ups on every member, however many writes are in it. So writes wait while more of them are under way than wait, and go
-//! together then: with many clients a few large batches follow each other, and a write that comes alone waits for nothing.
+//! wake-ups on every member, however many writes are in it. So writes wait until they are half of those that are under way: with
+//! many clients two large batches take turns, one on its way to the disks while the other gathers from the clients that the
+//! last one answered. A write that comes alone waits for nothing.
+//!
+//! That clients come back is a guess. So nothing waits for longer than a commit took, and after a wait in vain only those count
+//! that are under way then.
 
 use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How long writes wait at most, and up to as long again until the timer comes round: where a commit takes longer, on a slow network or disk, many batches are under way.
-const WAIT_MAX: Duration = Duration::from_millis(1);
+/// How long writes wait at most where commits take longer, on a slow network or disk.
+const WAIT_MAX: Duration = Duration::from_millis(5);
 
+#[derive(Default)]
 pub struct Batches {
-    /// When the last one went.
-    went: Instant,
+    /// Writes that were under way at once, those that wait among them: the most since some waited in vain.
+    under_way: usize,
+    /// Since when writes wait.
+    since: Option<Instant>,
     wait: Option<Pin<Box<Sleep>>>,
+    /// The index of the last entry of a batch that is not committed, and when it went.
+    timed: Option<(u64, Instant)>,
+    /// From then to its commit, the last time.
+    commit_took: Duration,
 }
 
 impl Batches {
-    pub fn new() -> Self {
-        Batches { went: Instant::now(), wait: None }
-    }
-
-    /// Whether the writes that wait may go, where so many entries are not committed yet. If not, [`Batches::waited`] tells
-    /// when to ask again at the latest.
-    pub fn may_go(&mut self, waiting: usize, uncommitted: u64) -> bool {
-        let due = self.went + WAIT_MAX;
-        if uncommitted <= waiting as u64 || due <= Instant::now() {
-            self.wait = None;
-            return true;
+    /// Whether the `waiting` writes may go; they are some of those `under_way`. If not, [`Batches::waited`] tells when to ask
+    /// again at the latest.
+    pub fn may_go(&mut self, waiting: usize, under_way: usize) -> bool {
+        self.under_way = self.under_way.max(under_way);
+        if waiting < self.under_way / 2 {
+            let now = Instant::now();
+            let due = *self.since.get_or_insert(now) + self.commit_took.min(WAIT_MAX);
+            if now < due {
+                self.wait.get_or_insert_with(|| Box::pin(sleep_until(due)));
+                return false;
+            }
+            self.under_way = under_way;
         }
-        self.wait.get_or_insert_with(|| Box::pin(sleep_until(due)));
-        false
+        (self.since, self.wait) = (None, None);
+        true
     }
 
-    /// A batch went.
-    pub fn went(&mut self) {
-        self.went = Instant::now();
+    /// A batch went, and ends at the entry `last`.
+    pub fn went(&mut self, last: u64) {
+        self.timed.get_or_insert_with(|| (last, Instant::now()));
+    }
+
+    /// All entries up to `commit` are committed.
+    pub fn committed(&mut self, commit: u64) {
+        if let Some((_, went)) = self.timed.take_if(|(last, _)| *last <= commit) {
+            self.commit_took = went.elapsed();
+        }
     }
 
     /// Ends when writes have waited long enough; never, where none do.
@@ -50,22 +69,53 @@ impl Batches {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn few_writes_wait_for_the_many_before_them_but_not_for_long() {
-        let mut batches = Batches::new();
-        assert!(batches.may_go(1, 0), "the first waits for nothing");
-        batches.went();
-        assert!(!batches.may_go(1, 2));
-        assert!(batches.may_go(2, 2), "as many as are under way");
-        assert!(batches.may_go(1, 1), "the others are committed");
+    const COMMIT: Duration = Duration::from_millis(2);
 
-        batches.went();
+    async fn batches() -> Batches {
+        let mut batches = Batches::default();
+        assert!(batches.may_go(1, 1), "the first waits for nothing");
+        batches.went(7);
+        advance(COMMIT).await;
+        batches.committed(7);
+        batches
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn writes_wait_for_half_of_those_under_way() {
+        let mut batches = batches().await;
+        for (waiting, under_way, go) in [(1, 3, true), (1, 4, false), (2, 4, true), (1, 1, false), (2, 2, true)] {
+            assert_eq!(batches.may_go(waiting, under_way), go, "{waiting} of {under_way}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn they_wait_no_longer_than_a_commit_takes_and_in_vain_only_once() {
+        let mut batches = batches().await;
         let start = Instant::now();
-        assert!(!batches.may_go(1, 2));
+        assert!(!batches.may_go(1, 9));
+        advance(COMMIT / 2).await;
+        assert!(!batches.may_go(2, 2));
         batches.waited().await;
-        assert!((WAIT_MAX..=2 * WAIT_MAX).contains(&start.elapsed()), "{:?}", start.elapsed());
-        assert!(batches.may_go(1, 2));
+        assert!((COMMIT..COMMIT * 2).contains(&start.elapsed()), "{:?}", start.elapsed());
+        assert!(batches.may_go(2, 2));
+        assert!(batches.may_go(1, 2), "two are under way, not nine");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_commits_hold_up_nothing_for_long() {
+        let mut batches = batches().await;
+        batches.went(8);
+        batches.went(9);
+        advance(10 * WAIT_MAX).await;
+        batches.committed(7);
+        batches.committed(8);
+        let start = Instant::now();
+        assert!(!batches.may_go(1, 9));
+        batches.waited().await;
+        assert!((WAIT_MAX..2 * WAIT_MAX).contains(&start.elapsed()), "{:?}", start.elapsed());
     }
 }

@@ -63,9 +63,10 @@ impl<A: Send + 'static> Node<A> {
     }
 
     pub(super) fn propose(&mut self) {
-        let core::Position { leader, commit, last, .. } = self.core.position();
+        let core::Position { leader, commit, .. } = self.core.position();
+        self.batches.committed(commit);
         let waiting = self.pending.waiting();
-        if waiting > 0 && leader == self.settings.id && !self.batches.may_go(waiting, last - commit) {
+        if waiting > 0 && leader == self.settings.id && !self.batches.may_go(waiting, self.pending.len()) {
             return;
         }
         while self.pending.waiting() > 0 && leader != 0 && self.propose_from <= self.now {
@@ -90,7 +91,7 @@ impl<A: Send + 'static> Node<A> {
                 return;
             }
             match self.core.propose(&commands) {
-                Ok(_) => self.batches.went(),
+                Ok((_, first)) => self.batches.went(first + commands.len() as u64 - 1),
                 Err(Rejection::NoLeader) => {
                     self.pending.not_proposed(&batch);
                     self.propose_from = self.now + 1;

@@ -211,7 +211,7 @@ impl<A: Send + 'static> Node<A> {
             core,
             members: Members::new(id, settings.nonce, meta, nonces, fresh),
             pending: Pending::new(id, boot),
-            batches: Batches::new(),
+            batches: Batches::default(),
             reads: Reads::new(id, boot),
             forwards: JoinSet::new(),
             changes: Changes::new(id, boot),
