@@ -19,9 +19,12 @@ use crate::channel::{Commit, WriteImage};
 use crate::wal;
 use crate::wal::snapshot::{Meta, Snapshots};
 
-/// A snapshot larger than this is not followed by another until the log has grown by its size, however many entries
-/// that takes: a large state that changes little by little is not written again and again.
+/// A snapshot larger than this is not followed by another until the log has grown by its size and by [`GROWN_BYTES_MIN`],
+/// however many entries that takes: a large state that changes little by little is not written again and again.
 const SMALL_BYTES: u64 = 1 << 20;
+
+/// A start reads so much log, of small writes, in half a second. Or the policy's `log_bytes`, if they are less.
+const GROWN_BYTES_MIN: u64 = 32 << 20;
 
 /// Bytes kept for members that are far behind: of command on the disk, of all in memory.
 const SLOW_BYTES_MAX: u64 = 256 << 20;
@@ -162,7 +165,8 @@ impl<A: Send + 'static> Node<A> {
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
-        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= shots.last_size_bytes;
+        let grown_min = shots.last_size_bytes.max(GROWN_BYTES_MIN.min(policy.log_bytes));
+        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= grown_min;
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }

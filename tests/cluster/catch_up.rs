@@ -48,7 +48,7 @@ fn a_lone_node_restarts_from_its_snapshot() {
 /// A large state that changes little is not written again: not after fifty entries, and not because of a restart.
 #[test]
 fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
-    let mut cluster = Cluster::with_flags(1, SMALL);
+    let mut cluster = Cluster::with_flags(1, &[SMALL, &["--snapshot-log-bytes", "1MiB"]].concat());
     cluster.start_all();
     let mut acknowledged = BTreeMap::new();
     for n in 0..3 {
@@ -72,7 +72,17 @@ fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
     for n in 0..2 {
         cluster.nodes[0].must_put(&format!("large-{n}"), vec![b'x'; 900_000]);
     }
-    wait_for("the next snapshot", || index(&cluster).filter(|index| *index > first));
+    let next = wait_for("the next snapshot", || index(&cluster).filter(|index| *index > first));
+
+    cluster.nodes[0].kill();
+    cluster.nodes[0].set_flags(SMALL);
+    cluster.nodes[0].start();
+    cluster.nodes[0].wait_ready();
+    for n in 0..8 {
+        cluster.nodes[0].must_put(&format!("large-{}", n % 3), vec![b'y'; 900_000]);
+    }
+    fill(&cluster, 0, "small", 60, &mut acknowledged);
+    assert_eq!(index(&cluster), Some(next), "more than its size, less than 32 MiB");
     cluster.must_hold(&acknowledged);
 }
 
