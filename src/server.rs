@@ -54,7 +54,7 @@ const LOG_RESERVE_BYTES: u64 = 1 << 20;
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 
 /// What the log takes in memory while no follower needs more of it: a few seconds of writes at full speed.
-const LOG_MEMORY_BYTES: u64 = 32 << 20;
+const LOG_MEMORY_BYTES: u64 = 16 << 20;
 
 /// How long a start tries for what a process before it may still hold, and the pause between two tries.
 const PATIENCE: Duration = Duration::from_secs(1);
