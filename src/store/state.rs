@@ -136,7 +136,7 @@ impl State {
                 let (old, before) = (entry.hash(key), entry.revisions());
                 let revisions = Revisions { modify, version: before.version + 1, ..before };
                 let new = hash(key, value, revisions);
-                *entry = KeyValue::new(value, command, revisions, new);
+                entry.replace(value, command, revisions, new);
                 (old, new)
             }
             None => {

@@ -1,5 +1,7 @@
 //! What the map of the state holds for a key: one pointer, to one allocation with numbers and value in it. A snapshot copies the
-//! map's nodes as writes go on behind it, so what they hold is small, and copied without an allocation.
+//! map's nodes as writes go on behind it, so what they hold is small, and copied without an allocation. Where no snapshot holds
+//! it, a value is overwritten where it is: an allocation that is made here and freed there is two more places in memory that
+//! the processor has not seen for long.
 
 use std::sync::Arc;
 
@@ -49,13 +51,33 @@ impl KeyValue {
     /// `value` is a part of `whole`, which is kept where the value is large; `hash` is what [`hash`] makes of both and the key.
     pub(super) fn new(value: &[u8], whole: &Bytes, revisions: Revisions, hash: u64) -> Self {
         KeyValue(if value.len() <= COPIED_BYTES_MAX {
-            let (mut numbers, mut len) = ([0; 3 * VARINT_BYTES_MAX], 0);
-            for number in [revisions.create, revisions.modify.wrapping_sub(revisions.create), revisions.version] {
-                len += number.encode_var(&mut numbers[len..]);
-            }
+            let (numbers, len) = pack(revisions);
             Kept::Packed(in_one_piece(&[&numbers[..len], value], |packed| ThinArc::from_header_and_slice((), packed)))
         } else {
             Kept::Shared(Arc::new(Large { revisions, hash, value: whole.slice_ref(value) }))
+        })
+    }
+
+    /// Becomes what [`KeyValue::new`] makes of the same.
+    pub(super) fn replace(&mut self, value: &[u8], whole: &Bytes, revisions: Revisions, hash: u64) {
+        if !self.overwrite(value, revisions) {
+            *self = KeyValue::new(value, whole, revisions, hash);
+        }
+    }
+
+    /// Writes a small value over one that takes as much room and that nobody else holds; else this is false.
+    fn overwrite(&mut self, value: &[u8], revisions: Revisions) -> bool {
+        let Kept::Packed(packed) = &mut self.0 else { return false };
+        let (numbers, len) = pack(revisions);
+        if value.len() > COPIED_BYTES_MAX || packed.slice.len() != len + value.len() {
+            return false;
+        }
+        packed.with_arc_mut(|packed| {
+            let Some(own) = triomphe::Arc::get_mut(packed) else { return false };
+            let (old_numbers, old_value) = own.slice_mut().split_at_mut(len);
+            old_numbers.copy_from_slice(&numbers[..len]);
+            old_value.copy_from_slice(value);
+            true
         })
     }
 
@@ -92,6 +114,15 @@ impl KeyValue {
             Kept::Shared(large) => large.hash,
         }
     }
+}
+
+/// The numbers in front of a packed value, and how many bytes they take.
+fn pack(revisions: Revisions) -> ([u8; 3 * VARINT_BYTES_MAX], usize) {
+    let (mut numbers, mut len) = ([0; 3 * VARINT_BYTES_MAX], 0);
+    for number in [revisions.create, revisions.modify.wrapping_sub(revisions.create), revisions.version] {
+        len += number.encode_var(&mut numbers[len..]);
+    }
+    (numbers, len)
 }
 
 fn unpack(packed: &[u8]) -> (Revisions, &[u8]) {
@@ -178,6 +209,28 @@ mod tests {
             assert_eq!(std::ptr::eq(entry.value(), &whole[10..]) && len > 0, shared, "{len} bytes");
             assert_eq!(std::ptr::eq(&entry.to_bytes()[..], entry.value()) && len > 0, shared);
         }
+    }
+
+    #[test]
+    fn to_replace_one_is_to_make_it_anew_and_leaves_its_copies_alone() {
+        let made = |len: usize, modify| {
+            let (value, revisions) = (Bytes::from(vec![modify as u8; len]), Revisions { modify, ..REVISIONS });
+            (value.clone(), revisions, KeyValue::new(&value, &value, revisions, modify))
+        };
+        let lens = [0, 1, 100, COPIED_BYTES_MAX, COPIED_BYTES_MAX + 1];
+        for (before, after) in lens.into_iter().flat_map(|before| lens.map(|after| (before, after))) {
+            // As a varint the first takes as much room as what it was before, the second more.
+            for modify in [3, 300] {
+                let ((_, _, mut entry), (value, revisions, anew)) = (made(before, 2), made(after, modify));
+                let copy = entry.clone();
+                entry.replace(&value, &value, revisions, modify);
+                assert_eq!((&entry, copy), (&anew, made(before, 2).2), "{before} to {after} bytes");
+            }
+        }
+        let ((_, _, mut entry), (value, revisions, anew)) = (made(100, 2), made(100, 3));
+        let place = entry.value().as_ptr();
+        entry.replace(&value, &value, revisions, 3);
+        assert_eq!((entry.value().as_ptr(), entry), (place, anew), "where nobody else holds it, it stays where it is");
     }
 
     #[test]
