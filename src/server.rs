@@ -53,8 +53,8 @@ const LOG_RESERVE_BYTES: u64 = 1 << 20;
 /// Entries that go to a follower together, in bytes.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 
-/// What the log takes in memory while no follower needs more of it: a few seconds of writes at full speed.
-const LOG_MEMORY_BYTES: u64 = 16 << 20;
+/// What the log takes in memory while no follower needs more of it: a second of writes at full speed.
+const LOG_MEMORY_BYTES: u64 = 8 << 20;
 
 /// How long a start tries for what a process before it may still hold, and the pause between two tries.
 const PATIENCE: Duration = Duration::from_secs(1);
