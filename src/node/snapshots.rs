@@ -26,6 +26,10 @@ const SMALL_BYTES: u64 = 1 << 20;
 /// A start reads so much log, of small writes, in half a second. Or the policy's `log_bytes`, if they are less.
 const GROWN_BYTES_MIN: u64 = 32 << 20;
 
+/// In the order of IDs each member waits for this part of that more than the one before it: while one writes a large snapshot, the
+/// others are a majority that is not slowed down.
+const TURN_PART: u64 = 8;
+
 /// Bytes kept for members that are far behind: of command on the disk, of all in memory.
 const SLOW_BYTES_MAX: u64 = 256 << 20;
 
@@ -166,7 +170,8 @@ impl<A: Send + 'static> Node<A> {
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
         let grown_min = shots.last_size_bytes.max(GROWN_BYTES_MIN.min(policy.log_bytes));
-        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= grown_min;
+        let before = self.members.iter().filter(|member| member.id < self.settings.id).count() as u64;
+        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= grown_min + grown_min / TURN_PART * before.min(TURN_PART);
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::harness::{Cluster, wait_for};
+use crate::harness::{Cluster, Node, wait_for};
 
 const SMALL: &[&str] = &["--snapshot-count", "50", "--snapshot-catchup-entries", "10", "--snapshot-keep", "1"];
 
@@ -84,6 +84,27 @@ fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
     fill(&cluster, 0, "small", 60, &mut acknowledged);
     assert_eq!(index(&cluster), Some(next), "more than its size, less than 32 MiB");
     cluster.must_hold(&acknowledged);
+}
+
+/// They would all be due at the same place in the log, and slow down the same writes.
+#[test]
+fn members_take_turns_with_large_snapshots() {
+    let mut cluster = Cluster::with_flags(3, &[SMALL, &["--snapshot-log-bytes", "1MiB"]].concat());
+    cluster.start_all();
+    for n in 0..3 {
+        cluster.nodes[0].must_put(&format!("large-{n}"), vec![b'v'; 900_000]);
+    }
+    fill(&cluster, 0, "small", 60, &mut BTreeMap::new());
+    let indexes = |above: u64| {
+        let index = |node: &Node| node.status()?["snapshot"]["index"].as_u64().filter(|index| *index > above);
+        cluster.nodes.iter().map(index).collect::<Option<Vec<u64>>>()
+    };
+    let first = wait_for("a snapshot of each", || indexes(0));
+    let second = wait_for("the next of each", || {
+        cluster.nodes[0].must_put("large-0", vec![b'w'; 100_000]);
+        indexes(*first.iter().max()?)
+    });
+    assert!(second.is_sorted_by(|one, next| one < next), "{second:?}");
 }
 
 /// A follower that is away past compaction is caught up by a snapshot while writes go on; killed while it installs one,
