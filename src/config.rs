@@ -44,7 +44,7 @@ pub struct Config {
     /// Time since the last snapshot that makes one due, if there are `snapshot_min_entries` new ones. Zero: never.
     pub snapshot_interval: Duration,
     pub snapshot_min_entries: u64,
-    /// Bytes of command in the log since the last snapshot that make one due.
+    /// Bytes of log since the last snapshot that make one due.
     pub snapshot_log_bytes: u64,
     /// Snapshot files kept.
     pub snapshot_keep: usize,

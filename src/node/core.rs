@@ -338,7 +338,7 @@ impl Core {
         self.raw.mut_store().shrink(index, bytes);
     }
 
-    /// Bytes of command that were appended to the log since the start, those included that it found.
+    /// Bytes of entries that were appended to the log since the start, those included that it found.
     pub fn appended_bytes(&self) -> u64 {
         self.raw.store().appended_bytes()
     }

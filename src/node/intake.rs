@@ -66,10 +66,15 @@ impl<A: Send + 'static> Node<A> {
         let core::Position { leader, commit, .. } = self.core.position();
         self.batches.committed(commit);
         let waiting = self.pending.waiting();
-        if waiting > 0 && leader == self.settings.id && !self.batches.may_go(waiting, self.pending.len()) {
+        if waiting == 0 || leader == 0 || self.propose_from > self.now {
             return;
         }
-        while self.pending.waiting() > 0 && leader != 0 && self.propose_from <= self.now {
+        // Half of so many bytes does not go at once anyway.
+        let large = self.pending.bytes() > 2 * PROPOSAL_BYTES_MAX;
+        if leader == self.settings.id && !large && !self.batches.may_go(waiting, self.pending.len()) {
+            return;
+        }
+        while self.pending.waiting() > 0 && self.propose_from <= self.now {
             if leader != self.settings.id && self.forwards.len() >= FORWARDS_MAX {
                 return;
             }
@@ -91,7 +96,8 @@ impl<A: Send + 'static> Node<A> {
                 return;
             }
             match self.core.propose(&commands) {
-                Ok((_, first)) => self.batches.went(first + commands.len() as u64 - 1),
+                // Those that waited may all have been given up by now.
+                Ok((_, next)) => self.batches.went(next + commands.len() as u64 - 1),
                 Err(Rejection::NoLeader) => {
                     self.pending.not_proposed(&batch);
                     self.propose_from = self.now + 1;

@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 
+use crate::wal::record::entry_bytes;
+
 /// Entries that [`Mirror::sweep`] frees at once, if no more than half as many were appended: to free all that a snapshot
 /// covers would hold up every write behind it.
 const SWEPT_MAX: usize = 2048;
@@ -29,7 +31,7 @@ pub struct Mirror {
     unswept: usize,
     /// What those take that are not forgotten.
     memory_bytes: u64,
-    /// Bytes of command that were ever appended.
+    /// Bytes that all that were ever appended take in the log.
     appended_bytes: u64,
     hard_state: HardState,
     conf_state: ConfState,
@@ -71,7 +73,7 @@ impl Mirror {
         self.entries.truncate(kept);
         self.memory_bytes += entries.iter().map(memory).sum::<u64>();
         self.unswept += entries.len();
-        self.appended_bytes += entries.iter().map(|entry| entry.data.len() as u64).sum::<u64>();
+        self.appended_bytes += entries.iter().map(|entry| entry_bytes(entry) as u64).sum::<u64>();
         self.entries.extend(entries);
     }
 
@@ -289,7 +291,7 @@ mod tests {
             (mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250), mirror.reach_back(2, 0, 250)),
             (5, 6, 2)
         );
-        assert_eq!(mirror.appended_bytes(), 500);
+        assert_eq!(mirror.appended_bytes(), 5 * entry_bytes(&entry(2, 1)) as u64);
     }
 
     proptest! {

@@ -46,6 +46,7 @@ use crate::blocking;
 use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, Role, ServiceGone};
 use crate::metrics::{Metrics, Reason};
 use crate::transport::{self, Meeting, Peers, Position, ProposeError};
+use crate::wal::record::entry_bytes;
 use crate::wal::snapshot::{Meta, Snapshots};
 use crate::wal::writer::{self, Writer};
 use crate::wal::{self, Append, Recovered, Room};
@@ -200,7 +201,7 @@ impl<A: Send + 'static> Node<A> {
         let covered = entries.iter().take_while(|entry| entry.index <= meta.index);
         let origin = snapshots::Origin {
             last: meta.index,
-            last_bytes: covered.map(|entry| entry.data.len() as u64).sum(),
+            last_bytes: covered.map(|entry| entry_bytes(entry) as u64).sum(),
             last_size_bytes: snapshot_bytes,
             log_base: base.0,
         };

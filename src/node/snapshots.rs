@@ -19,11 +19,11 @@ use crate::channel::{Commit, WriteImage};
 use crate::wal;
 use crate::wal::snapshot::{Meta, Snapshots};
 
-/// A snapshot larger than this is not followed by another until the log has grown by its size and by [`GROWN_BYTES_MIN`],
-/// however many entries that takes: a large state that changes little by little is not written again and again.
+/// A snapshot larger than this is not followed by another until the log has grown by its size, and by [`GROWN_BYTES_MIN`] at
+/// least, however many entries that takes: a large state that changes little by little is not written again and again.
 const SMALL_BYTES: u64 = 1 << 20;
 
-/// A start reads so much log, of small writes, in half a second. Or the policy's `log_bytes`, if they are less.
+/// A start reads so much log, of small writes, in half a second. The policy's `log_bytes`, if they are less.
 const GROWN_BYTES_MIN: u64 = 32 << 20;
 
 /// In the order of IDs each member waits for this part of that more than the one before it: while one writes a large snapshot, the
@@ -54,7 +54,7 @@ pub struct Policy {
     /// Time since the last snapshot that makes one due, if there are `min_entries` new ones. Zero: never.
     pub interval: Duration,
     pub min_entries: u64,
-    /// Bytes of command appended since the last one that make one due.
+    /// Bytes of log since the last one that make one due.
     pub log_bytes: u64,
     /// Entries kept behind a snapshot for slow followers, as long as they are no more than `catchup_bytes`.
     pub catchup_entries: u64,
@@ -106,7 +106,7 @@ pub struct Snapshotting {
 pub struct Origin {
     /// The index of the snapshot that the service starts from.
     pub last: u64,
-    /// Bytes of command in the log up to there.
+    /// Bytes of entries in the log up to there.
     pub last_bytes: u64,
     /// Of that snapshot's file; 0 where it has none.
     pub last_size_bytes: u64,
@@ -171,7 +171,8 @@ impl<A: Send + 'static> Node<A> {
         let grown = self.core.appended_bytes() - shots.last_bytes;
         let grown_min = shots.last_size_bytes.max(GROWN_BYTES_MIN.min(policy.log_bytes));
         let before = self.members.iter().filter(|member| member.id < self.settings.id).count() as u64;
-        let worth = shots.last_size_bytes <= SMALL_BYTES || grown >= grown_min + grown_min / TURN_PART * before.min(TURN_PART);
+        let worth =
+            shots.last_size_bytes <= SMALL_BYTES || grown >= grown_min + grown_min / TURN_PART * before.min(TURN_PART);
         if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
             return;
         }

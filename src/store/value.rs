@@ -1,7 +1,7 @@
 //! What the map of the state holds for a key: one pointer, to one allocation with numbers and value in it. A snapshot copies the
 //! map's nodes as writes go on behind it, so what they hold is small, and copied without an allocation. Where no snapshot holds
-//! it, a value is overwritten where it is: an allocation that is made here and freed there is two more places in memory that
-//! the processor has not seen for long.
+//! it, a value is overwritten by one of its size where it is: an allocation that is made here and freed there is two more places in
+//! memory that the processor has not seen for long.
 
 use std::sync::Arc;
 
@@ -219,12 +219,15 @@ mod tests {
         };
         let lens = [0, 1, 100, COPIED_BYTES_MAX, COPIED_BYTES_MAX + 1];
         for (before, after) in lens.into_iter().flat_map(|before| lens.map(|after| (before, after))) {
-            // As a varint the first takes as much room as what it was before, the second more.
+            // As a varint the first takes as much room as what it was before, the second a byte more.
             for modify in [3, 300] {
                 let ((_, _, mut entry), (value, revisions, anew)) = (made(before, 2), made(after, modify));
                 let copy = entry.clone();
                 entry.replace(&value, &value, revisions, modify);
-                assert_eq!((&entry, copy), (&anew, made(before, 2).2), "{before} to {after} bytes");
+                assert_eq!((&entry, copy), (&anew, made(before, 2).2), "{before} to {after} bytes, copied");
+                let mut entry = made(before, 2).2;
+                entry.replace(&value, &value, revisions, modify);
+                assert_eq!(entry, anew, "{before} to {after} bytes");
             }
         }
         let ((_, _, mut entry), (value, revisions, anew)) = (made(100, 2), made(100, 3));

@@ -81,7 +81,7 @@ fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
     for n in 0..8 {
         cluster.nodes[0].must_put(&format!("large-{}", n % 3), vec![b'y'; 900_000]);
     }
-    fill(&cluster, 0, "small", 60, &mut acknowledged);
+    fill(&cluster, 0, "small", 150, &mut acknowledged);
     assert_eq!(index(&cluster), Some(next), "more than its size, less than 32 MiB");
     cluster.must_hold(&acknowledged);
 }
@@ -236,7 +236,7 @@ fn disk_use_levels_off() {
     let mut cluster = Cluster::with_flags(1, &["--snapshot-log-bytes", "4MiB", "--snapshot-catchup-entries", "10"]);
     cluster.start_all();
     let value = vec![7; 1 << 20];
-    let segments = |node: &crate::harness::Node| fs::read_dir(node.dir.join("wal")).unwrap().count();
+    let segments = |node: &Node| fs::read_dir(node.dir.join("wal")).unwrap().count();
     let mut most = 0;
     for n in 0..120 {
         cluster.nodes[0].must_put(&format!("k{}", n % 3), &value);
