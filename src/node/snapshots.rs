@@ -169,11 +169,8 @@ impl<A: Send + 'static> Node<A> {
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = self.core.appended_bytes() - shots.last_bytes;
-        let grown_min = shots.last_size_bytes.max(GROWN_BYTES_MIN.min(policy.log_bytes));
-        let before = self.members.iter().filter(|member| member.id < self.settings.id).count() as u64;
-        let worth =
-            shots.last_size_bytes <= SMALL_BYTES || grown >= grown_min + grown_min / TURN_PART * before.min(TURN_PART);
-        if !(wanted || worth && (new >= policy.count || by_time || grown >= policy.log_bytes)) {
+        let due = new >= policy.count || by_time || grown >= policy.log_bytes;
+        if !(wanted || due && self.is_worth_a_snapshot(grown)) {
             return;
         }
         let term = self.core.term_at(self.published).expect("the last entry applied is held");
@@ -188,6 +185,17 @@ impl<A: Send + 'static> Node<A> {
             let taken = blocking::run(move || take(&files, meta, image, keep)).await;
             Done::Taken(taken.expect("writing a snapshot does not panic"))
         });
+    }
+
+    /// Whether the log has grown by so much that to write a state of the last one's size is no waste.
+    fn is_worth_a_snapshot(&self, grown: u64) -> bool {
+        let Snapshotting { last_size_bytes, policy, .. } = &self.snapshotting;
+        if *last_size_bytes <= SMALL_BYTES {
+            return true;
+        }
+        let least = GROWN_BYTES_MIN.min(policy.log_bytes).max(*last_size_bytes);
+        let before = self.members.iter().filter(|member| member.id < self.settings.id).count() as u64;
+        grown >= least + least / TURN_PART * before.min(TURN_PART)
     }
 
     pub(super) fn on_snapshot_done(&mut self, done: Result<SnapshotDone, JoinError>) -> Result<(), Stopped> {
