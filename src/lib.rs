@@ -54,8 +54,13 @@
 //!
 //! When one is due, the [`node`] asks the service for its state at exactly this place in the log
 //! ([`channel::Commit::Snapshot`]): a cheap view, written to a file elsewhere while writes go on. When the file is
-//! durable, the log behind it goes, but for what slow followers may need. A start reads the newest one that the log
-//! leads to.
+//! durable, the log behind it goes, but for what slow followers may need.
+//!
+//! # A start
+//!
+//! The [`wal`] is read once to see that it is whole and where it ends. The [`store`] begins with the newest snapshot that
+//! it leads to; then the log is read again, one entry after the other, and what is surely committed is applied
+//! (`node::Resume`). Only the end of the log stays in memory, and the [`node`] goes on from there.
 //!
 //! # Reading order
 //!

@@ -30,7 +30,7 @@ use crate::config::{Config, NotAFounder, WAL_SEGMENT_BYTES_MIN};
 use crate::kv::Service;
 use crate::metrics::Metrics;
 use crate::node::{self, Ends, Node};
-use crate::store::{self, Store};
+use crate::store;
 use crate::transport::{self, SnapshotFiles, SnapshotSink, Transport};
 use crate::wal;
 use crate::wal::disk::RealDisk;
@@ -130,6 +130,19 @@ impl Error {
     }
 }
 
+fn policy(config: &Config) -> node::Policy {
+    node::Policy {
+        count: config.snapshot_count,
+        interval: config.snapshot_interval,
+        min_entries: config.snapshot_min_entries,
+        log_bytes: config.snapshot_log_bytes,
+        catchup_entries: config.snapshot_catchup_entries,
+        catchup_bytes: config.snapshot_catchup_bytes,
+        memory_bytes: LOG_MEMORY_BYTES,
+        keep: config.snapshot_keep,
+    }
+}
+
 /// Files that the log, the peers and the process itself may open beside the clients' connections.
 const OWN_FILES_MAX: u64 = 512;
 
@@ -159,7 +172,10 @@ fn connections_max() -> usize {
 pub fn run(config: Config) -> Result<(), Error> {
     let started = Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-    runtime.block_on(serve(config, started))
+    let outcome = runtime.block_on(serve(config, started));
+    // What is still read or written then, a long log or a snapshot, is of use to nobody.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn serve(config: Config, started: Instant) -> Result<(), Error> {
@@ -168,13 +184,17 @@ async fn serve(config: Config, started: Instant) -> Result<(), Error> {
         // Before anything is created: a mistyped command leaves no trace.
         config.check_founding()?;
     }
-    let _lock = lock(&config).await?;
+    // For as long as the process lives: a thread that is not waited for at the end may still be in the directory.
+    std::mem::forget(lock(&config).await?);
     let clients = bind::clients(&config).await?;
     let metrics = Arc::new(Metrics::new());
     let opened = tokio::select! {
         opened = open::open(&config, &metrics) => opened?,
         // A newcomer may wait long for the cluster that it joins.
-        _ = signals.next() => return Ok(()),
+        _ = signals.next() => {
+            info!("stopped before it had started");
+            return Ok(());
+        }
     };
     info!(
         id = config.id,
@@ -260,7 +280,7 @@ impl Log {
 impl Running {
     fn start(config: &Config, opened: Opened, clients: TcpListener, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let Opened { data, members, urls, listeners } = opened;
-        let Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state } = data;
+        let Data { identity, wal, recovered, snapshots, resume, store, .. } = data;
         let (proposals_in, proposals) = mpsc::channel(PROPOSALS_MAX);
         let (peer_events_in, peer_events) = mpsc::channel(PEER_EVENTS_MAX);
         let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -268,7 +288,6 @@ impl Running {
         let (leadership_in, leadership) = watch::channel(Leadership::default());
         let (stop_api, stop_node) = (CancellationToken::new(), CancellationToken::new());
 
-        let store = Store::new(state, metrics.clone());
         let max_value_bytes = config.max_value_bytes as usize;
         let service = Service::new(proposals_in, leadership, store.view(), max_value_bytes);
         // The node outlives its log's events: where it is gone, nobody waits for them.
@@ -298,16 +317,6 @@ impl Running {
             request_timeout: config.request_timeout,
             reserve_bytes: LOG_RESERVE_BYTES,
             message_bytes_max: MESSAGE_BYTES_MAX,
-            snapshots: node::Policy {
-                count: config.snapshot_count,
-                interval: config.snapshot_interval,
-                min_entries: config.snapshot_min_entries,
-                log_bytes: config.snapshot_log_bytes,
-                catchup_entries: config.snapshot_catchup_entries,
-                catchup_bytes: config.snapshot_catchup_bytes,
-                memory_bytes: LOG_MEMORY_BYTES,
-                keep: config.snapshot_keep,
-            },
         };
         let ends = Ends {
             proposals,
@@ -325,7 +334,7 @@ impl Running {
         Ok(Running {
             api: tokio::spawn(api.serve(vec![clients], stop_api.clone())),
             log: Log {
-                node: tokio::spawn(Node::new(settings, recovered, &meta, snapshot_bytes, ends).run(stop_node.clone())),
+                node: tokio::spawn(Node::new(settings, resume, ends).run(stop_node.clone())),
                 store: tokio::spawn(store.run(commits_out)),
             },
             stop_api,

@@ -33,7 +33,7 @@ impl Leader {
         let core = Core::new(Start {
             id: ID,
             base: FOUNDING,
-            snapshot: snapshot(FOUNDING, &voters),
+            applied: snapshot(FOUNDING, &voters),
             hard_state: HardState::default(),
             entries: Vec::new(),
             election_ticks: 10,

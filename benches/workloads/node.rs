@@ -14,7 +14,6 @@ use raftkv::command::Command;
 use raftkv::kv::Service;
 use raftkv::node::{self, Ends, Node, Policy};
 use raftkv::server::data::{Data, Place};
-use raftkv::store::Store;
 use raftkv::transport::{Answer, PeerStatus, Peers};
 use raftkv::wal::SEGMENT_BYTES_MIN;
 use raftkv::wal::writer::{Hand, Writer};
@@ -93,10 +92,21 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
         disk: Arc::new(PlainDisk::default()),
         data_dir: "/data".into(),
         segment_bytes: SEGMENT_BYTES_MIN,
+        // Written by a thread of their own, so that none may come while instructions are counted.
+        policy: Policy {
+            count: u64::MAX,
+            interval: Duration::ZERO,
+            min_entries: 1,
+            log_bytes: 64 << 20,
+            catchup_entries: 5000,
+            catchup_bytes: 1 << 20,
+            memory_bytes: 1 << 20,
+            keep: 1,
+        },
         metrics: Arc::default(),
     };
     let data = place.found(cluster_id(&founders), ID, &founders, 1).expect("a disk without faults");
-    let Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state } = data;
+    let Data { identity, wal, snapshots, resume, store, .. } = data;
     let (proposals_in, proposals) = mpsc::channel(8192);
     let (peer_events_in, peer_events) = mpsc::channel(1);
     let (wal_events_in, wal_events) = mpsc::unbounded_channel();
@@ -104,7 +114,6 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
     let (leadership_in, leadership) = watch::channel(Leadership::default());
     // The node outlives its log's events, as in `server`.
     let (wal, hand) = Writer::by_hand(wal, move |event| drop(wal_events_in.send(event)));
-    let store = Store::new(state, place.metrics.clone());
     let service = Service::new(proposals_in, leadership.clone(), store.view(), VALUE.len());
     let settings = node::Settings {
         id: ID,
@@ -116,17 +125,6 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
         request_timeout: Duration::from_secs(5),
         reserve_bytes: 1 << 20,
         message_bytes_max: 1 << 20,
-        // Written by a thread of their own, so that none may come while instructions are counted.
-        snapshots: Policy {
-            count: u64::MAX,
-            interval: Duration::ZERO,
-            min_entries: 1,
-            log_bytes: 64 << 20,
-            catchup_entries: 5000,
-            catchup_bytes: 1 << 20,
-            memory_bytes: 1 << 20,
-            keep: 1,
-        },
     };
     let ends = Ends {
         proposals,
@@ -140,7 +138,7 @@ fn run() -> (Service, watch::Receiver<Leadership>) {
         snapshots,
         metrics: place.metrics.clone(),
     };
-    tokio::spawn(Node::new(settings, recovered, &meta, snapshot_bytes, ends).run(CancellationToken::new()));
+    tokio::spawn(Node::new(settings, resume, ends).run(CancellationToken::new()));
     tokio::spawn(write_by(hand));
     tokio::spawn(store.run(commits_out));
     (service, leadership)

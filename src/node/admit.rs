@@ -215,7 +215,7 @@ mod tests {
         Core::new(Start {
             id: 1,
             base: FOUNDING,
-            snapshot: founding(&[1, 2, 3], &[]),
+            applied: founding(&[1, 2, 3], &[]),
             hard_state,
             entries,
             election_ticks: 10,

@@ -20,7 +20,7 @@ use crate::transport::ProposeError;
 const CHANGES_MAX: usize = 64;
 
 /// Changes that are remembered once made, so that a repeated request finds itself done.
-const MADE_MAX: usize = 256;
+pub(super) const MADE_MAX: usize = 256;
 
 /// Ticks after which a change that was taken by the leader, and has not come back committed, is asked for again.
 const RETRY_TICKS: u64 = 10;
@@ -79,14 +79,15 @@ pub struct Changes {
 }
 
 impl Changes {
-    pub fn new(node: u64, boot: u64) -> Self {
+    /// `made` are those that the log told of at the start.
+    pub fn new(node: u64, boot: u64, made: VecDeque<RequestId>) -> Self {
         Changes {
             node,
             boot,
             last_counter: 0,
             waiting: VecDeque::new(),
             in_flight: None,
-            made: VecDeque::new(),
+            made,
             rounds: BTreeMap::new(),
             asking: JoinSet::new(),
         }

@@ -31,10 +31,10 @@ pub struct Start {
     pub id: u64,
     /// Index and term of the entry before the first in `entries`.
     pub base: (u64, u64),
-    /// Of what is applied already: the snapshot that the service starts from.
-    pub snapshot: SnapshotMetadata,
+    /// What is applied already, and who the members are there.
+    pub applied: SnapshotMetadata,
     pub hard_state: HardState,
-    /// Contiguous, up to the snapshot's index at least.
+    /// Contiguous, up to what is applied at least.
     pub entries: Vec<Entry>,
     pub election_ticks: usize,
     /// Of the random part of election time-outs.
@@ -117,14 +117,14 @@ pub struct Core {
 impl Core {
     /// Starts from what recovery found.
     pub fn new(start: Start) -> Self {
-        let Start { id, base, snapshot, mut hard_state, entries, election_ticks, seed, message_bytes_max } = start;
-        hard_state.term = hard_state.term.max(snapshot.term);
-        hard_state.commit = hard_state.commit.max(snapshot.index);
+        let Start { id, base, applied, mut hard_state, entries, election_ticks, seed, message_bytes_max } = start;
+        hard_state.term = hard_state.term.max(applied.term);
+        hard_state.commit = hard_state.commit.max(applied.index);
         let config = Config {
             id,
             election_tick: election_ticks,
             heartbeat_tick: 1,
-            applied: snapshot.index,
+            applied: applied.index,
             check_quorum: true,
             pre_vote: true,
             read_only_option: ReadOnlyOption::Safe,
@@ -135,10 +135,7 @@ impl Core {
             ..Config::default()
         };
         let last_written = base.0 + entries.len() as u64;
-        let mut mirror = Mirror::new(base, snapshot.get_conf_state().clone(), hard_state, entries);
-        if snapshot.index > FOUNDING.0 {
-            mirror.set_snapshot(snapshot);
-        }
+        let mirror = Mirror::new(base, applied.get_conf_state().clone(), hard_state, entries);
         let vote = (mirror.hard_state().term, mirror.hard_state().vote);
         let seed = xxh3_64_with_seed(&id.to_le_bytes(), seed);
         let raw = RawNode::new(&config, mirror, &logger::into_tracing()).expect("configuration and log are sane");
@@ -338,7 +335,7 @@ impl Core {
         self.raw.mut_store().shrink(index, bytes);
     }
 
-    /// Bytes of entries that were appended to the log since the start, those included that it found.
+    /// Bytes of entries that were appended to the log since the start.
     pub fn appended_bytes(&self) -> u64 {
         self.raw.store().appended_bytes()
     }
@@ -522,7 +519,7 @@ impl Core {
     }
 
     /// Every node finds the same change impossible, and passes it alike.
-    fn apply_change(&mut self, data: &[u8]) -> Option<ConfChangeV2> {
+    pub(super) fn apply_change(&mut self, data: &[u8]) -> Option<ConfChangeV2> {
         let mut change = ConfChangeV2::default();
         if let Err(error) = change.merge_from_bytes(data) {
             tracing::error!(%error, "a membership change cannot be read, and is passed over");

@@ -9,14 +9,14 @@ use std::collections::{BTreeMap, VecDeque};
 use arbitrary::{Result, Unstructured};
 use bytes::Bytes;
 use protobuf::Message as _;
-use raft::eraftpb::{Entry, HardState, Message, MessageType, SnapshotMetadata};
+use raft::eraftpb::{Entry, HardState, Message, MessageType};
 
 use self::choices::{any_change, any_message};
 use super::NONCE_BYTES;
 use super::admit::{Refusal, admit};
 use super::core::{Core, FOUNDING, Start, Turn, Write};
 use super::members::{LoggedChange, Members, Verdict};
-use super::snapshots::conf_state;
+use super::snapshots::{conf_state, metadata};
 use crate::channel::{Change, RequestId};
 use crate::cluster::{Introduction, Member, PeerUrl, URLS_MAX};
 use crate::wal::snapshot::Meta;
@@ -368,18 +368,21 @@ impl Disk {
     fn start(&self) -> (Core, Members) {
         let Disk { base, snapshot, hard_state, entries } = self.clone();
         let members = Members::new(ID, 1, &snapshot, BTreeMap::new(), false);
-        let snapshot = metadata(&snapshot);
         let start = Start {
             id: ID,
             base,
-            snapshot,
+            applied: metadata(&snapshot),
             hard_state,
             entries,
             election_ticks: 10,
             seed: 7,
             message_bytes_max: 1 << 20,
         };
-        (Core::new(start), members)
+        let mut core = Core::new(start);
+        if snapshot.index > FOUNDING.0 {
+            core.compact(metadata(&snapshot), base.0);
+        }
+        (core, members)
     }
 
     fn write(&mut self, write: Write, restored: Option<Meta>) {
@@ -401,12 +404,6 @@ impl Disk {
             self.entries.retain(|entry| index < entry.index);
         }
     }
-}
-
-fn metadata(meta: &Meta) -> SnapshotMetadata {
-    let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
-    metadata.set_conf_state(conf_state(meta));
-    metadata
 }
 
 /// Any bytes as the description of a snapshot: one that makes sense is a start that raft survives.

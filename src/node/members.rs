@@ -62,18 +62,17 @@ impl LoggedChange {
     }
 }
 
-/// The members with their addresses as the log has them last, whether committed or not: whom to call at a start.
-pub fn members_in_log(meta: &Meta, entries: &[Entry]) -> Vec<Member> {
-    let mut members: BTreeMap<u64, Member> = meta.members.iter().map(|member| (member.id, member.clone())).collect();
-    for entry in entries.iter().filter(|entry| entry.get_entry_type() == EntryType::EntryConfChangeV2) {
+/// The members, and those that these entries add or move.
+pub fn members_with<'a>(members: Vec<Member>, entries: impl Iterator<Item = &'a Entry>) -> Vec<Member> {
+    let mut members: BTreeMap<u64, Member> = members.into_iter().map(|member| (member.id, member)).collect();
+    for entry in entries.filter(|entry| entry.get_entry_type() == EntryType::EntryConfChangeV2) {
         let mut change = ConfChangeV2::default();
         if change.merge_from_bytes(&entry.data).is_err() {
             continue;
         }
         match LoggedChange::of(&change).map(|logged| logged.change) {
             Some(Change::Add(member)) => drop(members.insert(member.id, member)),
-            Some(Change::Remove(id)) => drop(members.remove(&id)),
-            Some(Change::Promote(_)) | None => {}
+            Some(Change::Remove(_) | Change::Promote(_)) | None => {}
         }
     }
     members.into_values().collect()
@@ -161,6 +160,10 @@ impl Members {
 
     pub fn list(&self) -> Vec<Member> {
         self.members.values().cloned().collect()
+    }
+
+    pub fn is_removed(&self, id: u64) -> bool {
+        self.removed.contains(&id)
     }
 
     pub fn removed(&self) -> impl Iterator<Item = u64> {

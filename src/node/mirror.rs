@@ -31,7 +31,7 @@ pub struct Mirror {
     unswept: usize,
     /// What those take that are not forgotten.
     memory_bytes: u64,
-    /// Bytes that all that were ever appended take in the log.
+    /// Bytes that all that were appended since the start take in the log.
     appended_bytes: u64,
     hard_state: HardState,
     conf_state: ConfState,
@@ -45,20 +45,18 @@ impl Mirror {
     /// A log that starts behind (index, term) and holds `entries`, contiguous from index + 1 on. `conf_state` is that of
     /// the last entry applied.
     pub fn new(start: (u64, u64), conf_state: ConfState, hard_state: HardState, entries: Vec<Entry>) -> Self {
-        let mut mirror = Mirror {
+        Mirror {
             start,
-            entries: VecDeque::new(),
+            memory_bytes: entries.iter().map(entry_memory_bytes).sum(),
+            entries: entries.into(),
             forgotten: 0,
             unswept: 0,
-            memory_bytes: 0,
             appended_bytes: 0,
             hard_state,
             conf_state,
             snapshot: None,
             snapshot_wanted: Cell::new(false),
-        };
-        mirror.append(entries);
-        mirror
+        }
     }
 
     /// Appends, replacing what conflicts. The entries are contiguous and leave no gap behind what is held.
@@ -69,9 +67,9 @@ impl Mirror {
         let (first, next) = (first.index, self.last() + 1);
         assert!(self.start.0 < first && first <= next, "append at {first} to a log of {:?}..{next}", self.start);
         let kept = self.place(first);
-        self.memory_bytes -= self.entries.range(kept..).map(memory).sum::<u64>();
+        self.memory_bytes -= self.entries.range(kept..).map(entry_memory_bytes).sum::<u64>();
         self.entries.truncate(kept);
-        self.memory_bytes += entries.iter().map(memory).sum::<u64>();
+        self.memory_bytes += entries.iter().map(entry_memory_bytes).sum::<u64>();
         self.unswept += entries.len();
         self.appended_bytes += entries.iter().map(|entry| entry_bytes(entry) as u64).sum::<u64>();
         self.entries.extend(entries);
@@ -86,7 +84,7 @@ impl Mirror {
     pub fn shrink(&mut self, index: u64, bytes: u64) {
         while self.memory_bytes > bytes && self.start.0 < index {
             let oldest = &self.entries[self.forgotten];
-            self.memory_bytes -= memory(oldest);
+            self.memory_bytes -= entry_memory_bytes(oldest);
             self.start = (oldest.index, oldest.term);
             self.forgotten += 1;
         }
@@ -155,7 +153,7 @@ impl Mirror {
         self.memory_bytes
     }
 
-    /// Bytes of command that were appended since the start, those included that it found.
+    /// Bytes that the entries take in the log that were appended since the start.
     pub fn appended_bytes(&self) -> u64 {
         self.appended_bytes
     }
@@ -251,7 +249,8 @@ impl Storage for Mirror {
     }
 }
 
-fn memory(entry: &Entry) -> u64 {
+/// What an entry takes in memory, as good as one can tell.
+pub fn entry_memory_bytes(entry: &Entry) -> u64 {
     ENTRY_BYTES + entry.data.len() as u64
 }
 
@@ -291,7 +290,7 @@ mod tests {
             (mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250), mirror.reach_back(2, 0, 250)),
             (5, 6, 2)
         );
-        assert_eq!(mirror.appended_bytes(), 5 * entry_bytes(&entry(2, 1)) as u64);
+        assert_eq!(mirror.appended_bytes(), 2 * entry_bytes(&entry(2, 1)) as u64);
     }
 
     proptest! {

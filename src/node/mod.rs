@@ -19,13 +19,14 @@ mod mirror;
 mod peers;
 mod pending;
 mod reads;
+mod resume;
 mod snapshots;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use raft::eraftpb::{Entry, EntryType, Message, MessageType, SnapshotMetadata};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -35,21 +36,23 @@ use tracing::{error, info};
 use self::batches::Batches;
 use self::changes::Changes;
 pub use self::core::FOUNDING;
-use self::core::{Core, Start, Turn};
+use self::core::{Core, Turn};
 use self::members::Members;
-pub use self::members::members_in_log;
 use self::pending::{Pending, Proposed};
 use self::reads::Reads;
+pub use self::resume::Resume;
+use self::resume::Resumed;
 use self::snapshots::Snapshotting;
-pub use self::snapshots::{Policy, conf_state};
+pub use self::snapshots::{Policy, conf_state, metadata};
 use crate::blocking;
-use crate::channel::{self, Commit, CommitSender, Leadership, Proposal, Rejection, RequestId, Role, ServiceGone};
+use crate::channel::{
+    self, Commit, CommitSender, Leadership, Proposal, Rejection, Reply, RequestId, Role, ServiceGone,
+};
 use crate::metrics::{Metrics, Reason};
 use crate::transport::{self, Meeting, Peers, Position, ProposeError};
-use crate::wal::record::entry_bytes;
-use crate::wal::snapshot::{Meta, Snapshots};
+use crate::wal::snapshot::Snapshots;
 use crate::wal::writer::{self, Writer};
-use crate::wal::{self, Append, Recovered, Room};
+use crate::wal::{self, Append, Room};
 
 /// Events taken in one turn from each source, so that no source starves another.
 const EVENTS_PER_TURN: usize = 1024;
@@ -82,7 +85,6 @@ pub struct Settings {
     pub reserve_bytes: u64,
     /// Of the entries in one message to a follower, unless one entry has more.
     pub message_bytes_max: u64,
-    pub snapshots: Policy,
 }
 
 /// The service's word on a command, before it is in the log.
@@ -188,35 +190,21 @@ pub struct Node<A> {
 }
 
 impl<A: Send + 'static> Node<A> {
-    /// A node that goes on from what its log holds, behind the snapshot `meta` that the service starts from; its file has
-    /// `snapshot_bytes`, 0 where there is none.
-    pub fn new(settings: Settings, recovered: Recovered, meta: &Meta, snapshot_bytes: u64, ends: Ends<A>) -> Self {
-        let Recovered { boot, hard_state, entries, nonces, compacted, .. } = recovered;
-        let base = compacted.unwrap_or(FOUNDING);
-        let fresh = hard_state.term == 0 && entries.is_empty() && base == FOUNDING;
+    /// A node that goes on from where its log was read to.
+    pub fn new(settings: Settings, resume: Resume, ends: Ends<A>) -> Self {
         let request_ticks = settings.request_timeout.as_micros().div_ceil(settings.tick.as_micros().max(1)) as u64;
         let id = settings.id;
-        let mut snapshot = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
-        snapshot.set_conf_state(conf_state(meta));
-        let covered = entries.iter().take_while(|entry| entry.index <= meta.index);
-        let origin = snapshots::Origin {
-            last: meta.index,
-            last_bytes: covered.map(|entry| entry_bytes(entry) as u64).sum(),
-            last_size_bytes: snapshot_bytes,
-            log_base: base.0,
-        };
-        let Settings { election_ticks, seed, message_bytes_max, .. } = settings;
-        let core =
-            Core::new(Start { id, base, snapshot, hard_state, entries, election_ticks, seed, message_bytes_max });
+        let Resumed { boot, core, members, made, applied, origin, policy } = resume.finish(&settings);
+        ends.metrics.raft_commit_index.set(core.position().commit as i64);
         Node {
             core,
-            members: Members::new(id, settings.nonce, meta, nonces, fresh),
+            members,
             pending: Pending::new(id, boot),
             batches: Batches::default(),
             reads: Reads::new(id, boot),
             forwards: JoinSet::new(),
-            changes: Changes::new(id, boot),
-            snapshotting: Snapshotting::new(ends.snapshots.clone(), settings.snapshots.clone(), origin),
+            changes: Changes::new(id, boot, made),
+            snapshotting: Snapshotting::new(ends.snapshots.clone(), policy, origin),
             writing: VecDeque::new(),
             last_write: 0,
             room: Room::Ok,
@@ -224,7 +212,7 @@ impl<A: Send + 'static> Node<A> {
             now: 0,
             request_ticks,
             propose_from: 0,
-            published: meta.index,
+            published: applied,
             leadership: Leadership::default(),
             leading_since: 0,
             heard: BTreeMap::new(),
@@ -239,18 +227,22 @@ impl<A: Send + 'static> Node<A> {
 
     /// Runs until `stop` is cancelled and leadership is handed over, or until the node cannot go on.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), Stopped> {
+        let outcome =
+            if self.members.is_removed(self.settings.id) { Err(Stopped::Removed) } else { self.serve(stop).await };
+        self.close(outcome).await
+    }
+
+    async fn serve(&mut self, stop: CancellationToken) -> Result<(), Stopped> {
         let mut ticks = tokio::time::interval(self.settings.tick);
         // A process that was paused must not make up for it: its election clock would run wild.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         ticks.tick().await;
         let mut quick_ticks = tokio::time::interval(self.settings.tick / QUICK_TICKS_PER_TICK);
         quick_ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let outcome = loop {
-            if let Err(stopped) = self.turn() {
-                break Err(stopped);
-            }
+        loop {
+            self.turn()?;
             if self.has_stopped() {
-                break Ok(());
+                return Ok(());
             }
             let event = tokio::select! {
                 biased;
@@ -265,11 +257,8 @@ impl<A: Send + 'static> Node<A> {
                 () = self.batches.waited() => Ok(()),
                 Some(proposal) = self.ends.proposals.recv() => { self.on_proposal(proposal); Ok(()) }
             };
-            if let Err(stopped) = event.and_then(|()| self.drain()) {
-                break Err(stopped);
-            }
-        };
-        self.close(outcome).await
+            event.and_then(|()| self.drain())?;
+        }
     }
 
     /// Takes what waits besides the event that woke the task, so that one turn serves all.
@@ -404,7 +393,7 @@ impl<A: Send + 'static> Node<A> {
                 self.changes.passed_over();
             }
             self.published = entry.index;
-            commits.push(self.commit(entry)?);
+            commits.push(commit(entry, &mut self.members, |request| self.pending.committed(request))?);
         }
         for read in reads {
             self.reads.answered(&read.request_ctx, read.index);
@@ -432,26 +421,6 @@ impl<A: Send + 'static> Node<A> {
             self.ends.peers.send_snapshot(message);
         }
         self.ends.peers.send(messages);
-    }
-
-    /// What a committed entry means to the service.
-    fn commit(&mut self, entry: Entry) -> Result<Commit<A>, Stopped> {
-        let Entry { index, term, .. } = entry;
-        match entry.get_entry_type() {
-            EntryType::EntryNormal => {}
-            EntryType::EntryConfChangeV2 => return Ok(Commit::Skip { index, term }),
-            EntryType::EntryConfChange => return Err(Stopped::NewerEntry { index }),
-        }
-        if let Some(request) = RequestId::from_bytes(&entry.context) {
-            let reply = self.pending.committed(request);
-            return Ok(Commit::Apply { index, term, request, command: entry.data, reply });
-        }
-        if let Ok(nonce) = <&[u8; NONCE_BYTES]>::try_from(&entry.context[..]) {
-            let (member, nonce) = nonce.split_at(8);
-            let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
-            self.members.learn_nonce(number(member), number(nonce));
-        }
-        Ok(Commit::Skip { index, term })
     }
 
     fn ask_read_index(&mut self) {
@@ -531,4 +500,28 @@ impl<A: Send + 'static> Node<A> {
         }
         Ok(())
     }
+}
+
+/// What a committed entry means to the service; what it says of a member's directory is noted. `ticket` finds who waits for
+/// a write.
+fn commit<A>(
+    entry: Entry,
+    members: &mut Members,
+    ticket: impl FnOnce(RequestId) -> Option<Reply<A>>,
+) -> Result<Commit<A>, Stopped> {
+    let Entry { index, term, .. } = entry;
+    match entry.get_entry_type() {
+        EntryType::EntryNormal => {}
+        EntryType::EntryConfChangeV2 => return Ok(Commit::Skip { index, term }),
+        EntryType::EntryConfChange => return Err(Stopped::NewerEntry { index }),
+    }
+    if let Some(request) = RequestId::from_bytes(&entry.context) {
+        return Ok(Commit::Apply { index, term, request, command: entry.data, reply: ticket(request) });
+    }
+    if let Ok(nonce) = <&[u8; NONCE_BYTES]>::try_from(&entry.context[..]) {
+        let (member, nonce) = nonce.split_at(8);
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+        members.learn_nonce(number(member), number(nonce));
+    }
+    Ok(Commit::Skip { index, term })
 }

@@ -65,6 +65,13 @@ pub struct Policy {
     pub keep: usize,
 }
 
+impl Policy {
+    /// Whether the oldest of so many entries in memory, which take so many bytes there, is more than is to be kept.
+    pub(super) fn may_forget(&self, entries: u64, bytes: u64) -> bool {
+        bytes > self.memory_bytes && (entries > self.catchup_entries || bytes > self.catchup_bytes)
+    }
+}
+
 /// A snapshot's image, verified, as it is read from its file.
 pub type Image = Box<dyn io::Read + Send>;
 
@@ -88,6 +95,8 @@ pub struct Snapshotting {
     policy: Policy,
     /// Index of the last one, and the tick at which it was done.
     last: (u64, u64),
+    /// Bytes of log behind the last one that a start found.
+    found_bytes: u64,
     /// Bytes appended to the log when the last one was done, and the size of its file.
     last_bytes: u64,
     last_size_bytes: u64,
@@ -106,22 +115,23 @@ pub struct Snapshotting {
 pub struct Origin {
     /// The index of the snapshot that the service starts from.
     pub last: u64,
-    /// Bytes of entries in the log up to there.
-    pub last_bytes: u64,
     /// Of that snapshot's file; 0 where it has none.
     pub last_size_bytes: u64,
+    /// Bytes that the entries behind it take in the log.
+    pub grown_bytes: u64,
     /// The index of the last entry before the log.
     pub log_base: u64,
 }
 
 impl Snapshotting {
     pub fn new(files: Arc<Snapshots>, policy: Policy, origin: Origin) -> Self {
-        let Origin { last, last_bytes, last_size_bytes, log_base } = origin;
+        let Origin { last, last_size_bytes, grown_bytes, log_base } = origin;
         Snapshotting {
             files,
             policy,
             last: (last, 0),
-            last_bytes,
+            found_bytes: grown_bytes,
+            last_bytes: 0,
             last_size_bytes,
             log_base,
             taking: false,
@@ -168,7 +178,7 @@ impl<A: Send + 'static> Node<A> {
         let new = self.published - shots.last.0;
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
-        let grown = self.core.appended_bytes() - shots.last_bytes;
+        let grown = shots.found_bytes + self.core.appended_bytes() - shots.last_bytes;
         let due = new >= policy.count || by_time || grown >= policy.log_bytes;
         if !(wanted || due && self.is_worth_a_snapshot(grown)) {
             return;
@@ -294,9 +304,7 @@ impl<A: Send + 'static> Node<A> {
         self.members.restore(&meta);
         self.tell_transport();
         self.published = meta.index;
-        self.snapshotting.last = (meta.index, self.now);
-        self.snapshotting.last_bytes = self.core.appended_bytes();
-        self.snapshotting.last_size_bytes = size_bytes;
+        self.note_snapshot(&meta, size_bytes);
         self.snapshotting.log_base = meta.index;
         let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
         self.snapshotting.work.spawn(async move {
@@ -345,18 +353,21 @@ impl<A: Send + 'static> Node<A> {
         if let Some(slowest) = self.slowest_follower().filter(|slowest| *slowest < keep_from) {
             keep_from = keep_from.min(self.core.reach_back(meta.index, slowest, SLOW_BYTES_MAX));
         }
-        let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
-        metadata.set_conf_state(conf_state(meta));
         // Memory may hold less than the disk by now.
         let term = if keep_from == meta.index { Some(meta.term) } else { self.core.term_at(keep_from) };
         if let Some(term) = term.filter(|_| keep_from > self.snapshotting.log_base) {
             self.ends.wal.compact(keep_from, term);
             self.snapshotting.log_base = keep_from;
         }
-        self.core.compact(metadata, keep_from);
-        self.snapshotting.last = (meta.index, self.now);
-        self.snapshotting.last_bytes = self.core.appended_bytes();
-        self.snapshotting.last_size_bytes = size_bytes;
+        self.core.compact(metadata(meta), keep_from);
+        self.note_snapshot(meta, size_bytes);
+    }
+
+    /// The next one is due by what comes behind this one.
+    fn note_snapshot(&mut self, meta: &Meta, size_bytes: u64) {
+        let shots = &mut self.snapshotting;
+        (shots.last, shots.last_size_bytes) = ((meta.index, self.now), size_bytes);
+        (shots.found_bytes, shots.last_bytes) = (0, self.core.appended_bytes());
     }
 }
 
@@ -364,6 +375,13 @@ fn take(files: &Snapshots, meta: Meta, image: WriteImage, keep: usize) -> Result
     let bytes = files.write(&meta, image)?;
     files.purge(keep, meta.index)?;
     Ok((meta, bytes))
+}
+
+/// A snapshot in raft's own record.
+pub fn metadata(meta: &Meta) -> SnapshotMetadata {
+    let mut metadata = SnapshotMetadata { index: meta.index, term: meta.term, ..SnapshotMetadata::default() };
+    metadata.set_conf_state(conf_state(meta));
+    metadata
 }
 
 /// Who votes and who learns, in raft's own record.

@@ -1,25 +1,35 @@
-//! A data directory as a start finds or makes it: whose it is, its log, its newest snapshot and the state in that. On
-//! any disk: the simulator's nodes start here too.
+//! A data directory as a start finds or makes it: whose it is, its log, its newest snapshot, and the state as of the last
+//! entry that is surely committed. On any disk: the simulator's nodes start here too.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use raft::eraftpb::Entry;
+use tracing::info;
 
 use super::Error;
 use crate::cluster::Member;
 use crate::metrics::Metrics;
-use crate::store::{BadImage, State, read_image};
+use crate::node::{FOUNDING, Policy, Resume};
+use crate::store::{BadImage, State, Store, read_image};
 use crate::wal::disk::Disk;
 use crate::wal::identity::{Identity, LOG_DIR};
 use crate::wal::snapshot::{Meta, Snapshots};
 use crate::wal::{self, Options, Recovered, Wal};
+
+/// Between two lines that tell how far a start has come.
+const TELL_EVERY: Duration = Duration::from_secs(2);
+
+/// A snapshot of this size takes a while to read.
+const LARGE_BYTES: u64 = 64 << 20;
 
 /// Where a data directory lies, and how its log is to be.
 pub struct Place {
     pub disk: Arc<dyn Disk>,
     pub data_dir: PathBuf,
     pub segment_bytes: u64,
+    /// Of the snapshots, and of what is kept of the log behind them.
+    pub policy: Policy,
     pub metrics: Arc<Metrics>,
 }
 
@@ -29,11 +39,11 @@ pub struct Data {
     pub wal: Wal,
     pub recovered: Recovered,
     pub snapshots: Arc<Snapshots>,
-    /// The snapshot that the service starts from, the founding one at first.
+    /// The newest snapshot, the founding one at first.
     pub meta: Meta,
-    /// Of its file; the founding one has none.
-    pub snapshot_bytes: u64,
-    pub state: State,
+    /// Where the node goes on, and the service with it.
+    pub resume: Resume,
+    pub store: Store,
 }
 
 impl Place {
@@ -58,18 +68,19 @@ impl Place {
         }
     }
 
-    /// Recovers what an earlier start left.
+    /// Recovers what an earlier start left: the state is that of the last entry that is surely committed.
     pub fn recover(&self, identity: Identity, now_micros: u64) -> Result<Data, Error> {
-        let (wal, mut recovered) = Wal::open(self.disk.clone(), &self.log(), now_micros, self.metrics.clone())?;
+        let (wal, recovered) = Wal::open(self.disk.clone(), &self.log(), now_micros, self.metrics.clone())?;
         let snapshots = Arc::new(Snapshots::open(self.disk.clone(), &self.data_dir)?);
-        let founding = Meta::founding(&recovered.founders);
-        let base = recovered.compacted.unwrap_or((founding.index, founding.term));
-        let last = base.0 + recovered.entries.len() as u64;
-        let term_at = |index: u64| term_at(base, &recovered.entries, index);
-        let (meta, snapshot_bytes, state) = match snapshots.newest(base, last, term_at)? {
+        let base = recovered.compacted.unwrap_or(FOUNDING);
+        let last = recovered.entries.last().unwrap_or(base.0);
+        let (meta, snapshot_bytes, state) = match snapshots.newest(base, last, |index| recovered.entries.term(index))? {
             Some(meta) => {
                 let (_, image) = snapshots.read(meta.index, meta.term)?;
                 let size_bytes = image.size_bytes();
+                if size_bytes >= LARGE_BYTES {
+                    info!(index = meta.index, bytes = size_bytes, "reading the snapshot");
+                }
                 let state = read_image(image).map_err(|error| match error {
                     BadImage::NewerFormat(_) => Error::NewerImage { index: meta.index, error },
                     BadImage::Damaged(_) | BadImage::Read(_) => Error::Image { index: meta.index, error },
@@ -79,10 +90,19 @@ impl Place {
                 }
                 (meta, size_bytes, state)
             }
-            None => (founding.clone(), 0, State::founded(founding.index)),
+            None => (Meta::founding(&recovered.founders), 0, State::founded(FOUNDING.0)),
         };
-        recovered.hard_state.commit = recovered.hard_state.commit.max(meta.index);
-        Ok(Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state })
+        let store = Store::new(state, self.metrics.clone());
+        let mut resume = self.resume(identity, &recovered, &meta, snapshot_bytes);
+        let mut told = Instant::now();
+        for entry in recovered.entries.read() {
+            store.apply(resume.take(entry?)?)?;
+            if told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                info!(applied = resume.applied(), last, "reading the log");
+            }
+        }
+        Ok(Data { identity, wal, recovered, snapshots, meta, resume, store })
     }
 
     /// Makes the directory of a member that starts for the first time.
@@ -93,14 +113,12 @@ impl Place {
         let identity = identity.note_log(disk.as_ref(), &self.data_dir)?;
         let snapshots = Arc::new(Snapshots::open(disk, &self.data_dir)?);
         let meta = Meta::founding(founders);
-        let state = State::founded(meta.index);
-        Ok(Data { identity, wal, recovered, snapshots, meta, snapshot_bytes: 0, state })
+        let store = Store::new(State::founded(meta.index), self.metrics.clone());
+        let resume = self.resume(identity, &recovered, &meta, 0);
+        Ok(Data { identity, wal, recovered, snapshots, meta, resume, store })
     }
-}
 
-fn term_at(base: (u64, u64), entries: &[Entry], index: u64) -> Option<u64> {
-    match index.checked_sub(base.0)? {
-        0 => Some(base.1),
-        nth => entries.get(nth as usize - 1).map(|entry| entry.term),
+    fn resume(&self, identity: Identity, recovered: &Recovered, meta: &Meta, snapshot_bytes: u64) -> Resume {
+        Resume::new(identity.member, identity.nonce, recovered, meta, snapshot_bytes, self.policy.clone())
     }
 }

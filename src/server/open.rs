@@ -8,11 +8,11 @@ use tokio::net::TcpListener;
 use tracing::info;
 
 use super::data::{Data, Place};
-use super::{Error, bind};
+use super::{Error, bind, finished, policy};
+use crate::blocking;
 use crate::cluster::{Introduction, Member, PeerUrl, cluster_id};
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::node;
 use crate::transport::{self, IntroduceError};
 use crate::wal::disk::RealDisk;
 use crate::wal::identity::Identity;
@@ -39,17 +39,20 @@ pub async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<Opened, Err
         disk: Arc::new(RealDisk),
         data_dir: config.data_dir.clone(),
         segment_bytes: config.wal_segment_bytes,
+        policy: policy(config),
         metrics: metrics.clone(),
     };
     match place.used_by(config.id)? {
-        Some(identity) => restart(config, &place, identity).await,
+        Some(identity) => restart(config, place, identity).await,
         None => first_start(config, &place).await,
     }
 }
 
-async fn restart(config: &Config, place: &Place, identity: Identity) -> Result<Opened, Error> {
-    let data = place.recover(identity, now_micros())?;
-    let members = node::members_in_log(&data.meta, &data.recovered.entries);
+async fn restart(config: &Config, place: Place, identity: Identity) -> Result<Opened, Error> {
+    // A long log takes seconds, in which the process can still be told to end.
+    let recovered = blocking::run(move || place.recover(identity, now_micros())).await;
+    let data = finished(recovered)?;
+    let members = data.resume.members_in_log();
     check_cluster(config, &members, &data.recovered.founders)?;
     let urls = urls_of(&members, config.id).or_else(|| urls_of(&config.cluster, config.id)).unwrap_or_default();
     if urls.is_empty() && config.listen_peer.is_none() {

@@ -65,7 +65,9 @@ pub struct Store {
 
 impl Store {
     pub fn new(state: State, metrics: Arc<Metrics>) -> Self {
-        Store { view: View { state: Arc::new(RwLock::new(state)) }, metrics }
+        let store = Store { view: View { state: Arc::new(RwLock::new(state)) }, metrics };
+        store.measure(&store.view.state());
+        store
     }
 
     pub fn view(&self) -> View {
@@ -86,7 +88,7 @@ impl Store {
                     let behind = std::iter::from_fn(|| commits.next_if(in_place));
                     self.apply(std::iter::once(next).chain(behind).take(SLICE))?;
                 }
-                // A long log is read back in one batch: readers, and the other tasks of this thread, come in between.
+                // A long backlog comes in one batch: readers, and the other tasks of this thread, come in between.
                 if commits.peek().is_some() {
                     tokio::task::yield_now().await;
                 }
@@ -120,8 +122,9 @@ impl Store {
         Ok(())
     }
 
-    /// One write lock for the slice; tickets are answered after it, when readers see what they promise.
-    fn apply(&self, slice: impl Iterator<Item = Commit<Answer>>) -> Result<(), Stopped> {
+    /// Applies some commits, of which none is a restoration. One write lock for the slice; tickets are answered after it, when
+    /// readers see what they promise.
+    pub fn apply(&self, slice: impl IntoIterator<Item = Commit<Answer>>) -> Result<(), Stopped> {
         let mut answers = Vec::new();
         let mut state = self.view.state_mut();
         for commit in slice {

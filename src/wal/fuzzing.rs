@@ -1,6 +1,7 @@
 //! What must hold of the log's and the snapshots' files, whatever bytes are in them: recovered or refused, never a panic,
 //! never a guess. Called by `crate::fuzzing`; not in any binary that ships.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -149,12 +150,24 @@ fn founders() -> Vec<Member> {
 }
 
 /// What a log holds, but for what each start adds.
-fn content(recovered: &Recovered) -> Recovered {
-    Recovered { boot: 0, cut_bytes: 0, segments: 0, ..recovered.clone() }
+#[derive(Debug, Clone, PartialEq)]
+struct Content {
+    founders: Vec<Member>,
+    hard_state: HardState,
+    entries: Vec<Entry>,
+    nonces: BTreeMap<u64, u64>,
+    compacted: Option<(u64, u64)>,
+}
+
+fn content(recovered: &Recovered) -> Content {
+    let Recovered { founders, hard_state, entries, nonces, compacted, .. } = recovered.clone();
+    let entries: Vec<Entry> = entries.read().collect::<std::result::Result<_, _>>().expect("it can be read again");
+    assert!(entries.iter().all(|entry| recovered.entries.term(entry.index) == Some(entry.term)));
+    Content { founders, hard_state, entries, nonces, compacted }
 }
 
 /// Fills a log, and tells what it held after each step.
-fn written(u: &mut Unstructured<'_>, disk: &MemoryDisk, mut wal: Wal) -> Result<Vec<Recovered>> {
+fn written(u: &mut Unstructured<'_>, disk: &MemoryDisk, mut wal: Wal) -> Result<Vec<Content>> {
     let mut history = vec![reopened(disk)];
     let (mut term, mut base, mut last, mut commit) = (1, 1, 1, 1);
     for _ in 0..u.int_in_range(0..=12)? {
@@ -203,12 +216,12 @@ fn written(u: &mut Unstructured<'_>, disk: &MemoryDisk, mut wal: Wal) -> Result<
 }
 
 /// What a start now would find.
-fn reopened(disk: &MemoryDisk) -> Recovered {
+fn reopened(disk: &MemoryDisk) -> Content {
     let (_, recovered) = open(&disk.fork()).expect("an undamaged log opens");
     content(&recovered)
 }
 
-fn term_at(log: &Recovered, index: u64) -> u64 {
+fn term_at(log: &Content, index: u64) -> u64 {
     log.entries.iter().find(|entry| entry.index == index).expect("a committed entry is there").term
 }
 
@@ -285,7 +298,7 @@ fn forge(u: &mut Unstructured<'_>, bytes: &mut [u8], nth: usize) -> Result<bool>
 fn goes_on(disk: &MemoryDisk, mut wal: Wal, recovered: &Recovered) {
     let mut expected = content(recovered);
     let (base, _) = recovered.compacted.unwrap_or((1, 1));
-    let Some(index) = recovered.entries.last().map_or(base, |entry| entry.index).checked_add(1) else { return };
+    let Some(index) = recovered.entries.last().unwrap_or(base).checked_add(1) else { return };
     let entry = Entry { term: recovered.hard_state.term, index, data: "on".into(), ..Entry::default() };
     expected.entries.push(entry.clone());
     wal.append(&[Append { entries: vec![entry], ..Append::default() }]).expect("a log that was recovered takes more");

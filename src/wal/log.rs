@@ -9,11 +9,13 @@ use std::time::Instant;
 use raft::eraftpb::HardState;
 
 use super::disk::Disk;
+use super::entries::Entries;
 use super::error::Error;
 use super::record::{self, FRAME_BYTES_MAX};
 use super::recovery::{self, Closed};
 use super::segment::{self, FIRST_ID, HEADER_BYTES, Segment};
 use super::spare::Spare;
+use super::terms::Terms;
 use super::{Append, Options, Recovered, Room, replay};
 use crate::cluster::Member;
 use crate::metrics::Metrics;
@@ -105,7 +107,7 @@ impl Wal {
             founders: founders.to_vec(),
             boot: now_micros,
             hard_state: HardState::default(),
-            entries: Vec::new(),
+            entries: Entries::new(disk.clone(), &options.dir, FIRST_ID..=FIRST_ID, Terms::default()),
             nonces: BTreeMap::new(),
             compacted: None,
             cut_bytes: 0,
@@ -151,6 +153,8 @@ impl Wal {
             base,
             last_index,
         };
+        let first = found.closed.front().map_or(found.active.header.id, |oldest| oldest.id);
+        let entries = Entries::new(disk.clone(), &options.dir, first..=found.active.header.id, replay.entries);
         let mut wal = Wal::assemble(disk, options, metrics, found.closed, found.active, spare, sequence, kept);
         wal.counts.cut_bytes.store(found.cut_bytes, Ordering::Relaxed);
         wal.begin();
@@ -160,7 +164,7 @@ impl Wal {
             founders,
             boot: wal.kept.boot,
             hard_state,
-            entries: replay.entries,
+            entries,
             nonces: replay.nonces,
             compacted: Some(base).filter(|base| *base != replay::FOUNDING),
             cut_bytes: found.cut_bytes,

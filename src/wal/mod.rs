@@ -3,13 +3,15 @@
 //! never a guess. After any error the log takes nothing more: what a failed sync left behind is not known.
 //!
 //! Called by `server`, which opens it, and by `node`, through the thread in [`writer`]. Byte maps: `docs/formats.md`.
-//! Reading order: `record` (what the bytes mean), `segment` (where they lie), `log` (how they are written), `recovery`
-//! (how they are read back); then [`snapshot`] (what stands in for the entries that were let go).
+//! Reading order: `record` (what the bytes mean), `segment` (where they lie), `log` (how they are written), `frames` and
+//! `recovery` (how they are read back, and what `terms` are left), `entries` (what they say); then [`snapshot`] (what stands in for the entries that were let go).
 
 pub mod disk;
 #[doc(hidden)]
 pub mod disk_memory;
+mod entries;
 mod error;
+mod frames;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod identity;
@@ -22,6 +24,7 @@ mod replay;
 mod segment;
 pub mod snapshot;
 mod spare;
+mod terms;
 #[cfg(test)]
 mod tests;
 pub mod writer;
@@ -31,6 +34,7 @@ use std::path::PathBuf;
 
 use raft::eraftpb::{Entry, HardState};
 
+pub use self::entries::Entries;
 pub use self::error::Error;
 pub use self::log::Wal;
 pub use self::segment::SEGMENT_BYTES_MIN;
@@ -70,7 +74,7 @@ impl Append {
 }
 
 /// What the log held when it was opened.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Recovered {
     pub founders: Vec<Member>,
     /// The number of this start, above that of every earlier one; durable.
@@ -78,7 +82,7 @@ pub struct Recovered {
     /// What was compacted away is committed here, even where a commit index that said so was not durable yet.
     pub hard_state: HardState,
     /// Contiguous, from index 2 on, or from the one after `compacted`.
-    pub entries: Vec<Entry>,
+    pub entries: Entries,
     pub nonces: BTreeMap<u64, u64>,
     /// Index and term of the last entry that was compacted away, or that an installed snapshot stands for.
     pub compacted: Option<(u64, u64)>,

@@ -3,7 +3,7 @@
 //! each place to be a frame of megabytes: values come from clients.
 //!
 //! A checksum is linear. With `shift(c, n)` for what becomes of the checksum c by n more bytes of zero, that of A and
-//! B, one behind the other, is `shift(crc(A), len(B)) ^ crc(B)`. So two that begin at the start of the segment tell that of
+//! B, one behind the other, is `shift(crc(A), len(B)) ^ crc(B)`. So two that begin at the same place tell that of
 //! what is between them.
 
 const BLOCK_BYTES: usize = 1 << 10;

@@ -108,18 +108,24 @@ pub fn head_crc(seed: u32, sequence: u64, len: usize) -> u32 {
     crc32c::crc32c_append(seed, &head)
 }
 
-/// What a frame at the start of `bytes` claims; `None` where it could not fit.
-pub fn frame_claim(bytes: &[u8]) -> Option<Claim> {
+/// The length of payload that `bytes` claim, if they are the header of a frame and no frame is too long for it.
+pub fn frame_len(bytes: &[u8]) -> Option<usize> {
+    let len = u32::from_le_bytes(array(bytes.get(..4)?)) as usize;
+    (len < FRAME_BYTES_MAX as usize).then_some(len)
+}
+
+/// What the header of a frame claims that `bytes` begin with; `None` where the frame would not fit `room_bytes`.
+pub fn frame_claim(bytes: &[u8], room_bytes: u64) -> Option<Claim> {
     let header = bytes.get(..FRAME_HEADER_BYTES)?;
-    let len = u32::from_le_bytes(array(&header[0..4])) as usize;
+    let len = frame_len(header)?;
     let (crc, sequence) = (u32::from_le_bytes(array(&header[4..8])), u64::from_le_bytes(array(&header[8..16])));
-    let fits = len != 0 && len <= bytes.len() - FRAME_HEADER_BYTES && len < FRAME_BYTES_MAX as usize;
+    let fits = len != 0 && (FRAME_HEADER_BYTES + len) as u64 <= room_bytes;
     fits.then_some(Claim { len, sequence, crc })
 }
 
 /// The frame at the start of `bytes`, if there is a whole one with a right checksum.
 pub fn read_frame(bytes: &[u8], seed: u32) -> Option<Frame<'_>> {
-    let claim = frame_claim(bytes)?;
+    let claim = frame_claim(bytes, bytes.len() as u64)?;
     let payload = &bytes[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + claim.len];
     let crc = crc32c::crc32c_append(head_crc(seed, claim.sequence, claim.len), payload);
     (crc == claim.crc).then_some(Frame { sequence: claim.sequence, payload })
@@ -257,8 +263,9 @@ impl<'a> Reader<'a> {
             _ => return Err(Malformed("an entry of a type that this version does not know")),
         };
         let (context, data) = (self.len()?, self.len()?);
-        entry.context = Bytes::copy_from_slice(self.take(context)?);
-        entry.data = Bytes::copy_from_slice(self.take(data)?);
+        let mut both = Bytes::copy_from_slice(self.take(context + data)?);
+        entry.context = both.split_to(context);
+        entry.data = both;
         Ok(entry)
     }
 

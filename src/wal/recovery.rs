@@ -3,16 +3,19 @@
 //! refused. This decides safely because frame n + 1 is written only after the sync of frame n has returned.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::disk::{Disk, read_all};
+use super::disk::{Disk, DiskError, DiskFile};
 use super::error::Error;
+use super::frames::{Frames, STRETCH_BYTES};
 use super::ranges::Ranges;
-use super::record::{
-    self, FRAME_ALIGN, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Record, frame_claim, head_crc, read_frame,
-};
+use super::record::{self, Claim, FRAME_ALIGN, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Record, frame_claim, head_crc};
 use super::replay::Replay;
 use super::segment::{self, BadHeader, HEADER_BYTES, Header, Segment};
+
+/// Zeros are told by the block. Small in tests, as [`STRETCH_BYTES`] is.
+const BLOCK_BYTES: usize = if cfg!(test) { 16 } else { 4096 };
 
 /// A segment that takes no more frames.
 #[derive(Debug)]
@@ -39,8 +42,8 @@ pub struct Found {
 /// What one segment held.
 struct Scan {
     /// Behind the last good frame.
-    tail: usize,
-    last_frame: Option<usize>,
+    tail: u64,
+    last_frame: Option<u64>,
     next_sequence: u64,
     /// The highest index of an entry that is still needed.
     last_index: u64,
@@ -62,12 +65,10 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
     let mut previous: Option<(PathBuf, Scan)> = None;
     for id in ids {
         let path = segment::path(dir, id);
-        let file = disk.open(&path)?;
-        let bytes = read_all(file.as_ref())?;
-        let header = header(&path, &bytes, id)?;
-        if (bytes.len() as u64) < header.size_bytes {
+        let Opened { header, block, file_bytes, mut frames } = open_segment(disk, &path, id)?;
+        if file_bytes < header.size_bytes {
             let why = format!("it ends here, and was made with {} bytes", header.size_bytes);
-            return Err(corrupt(&path, bytes.len(), why));
+            return Err(corrupt(&path, file_bytes, why));
         }
         if let Some((path, scan)) = &previous
             && scan.next_sequence != header.first_sequence
@@ -76,16 +77,16 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             let why = format!("frame {expected} should follow, yet the next segment begins with {found}");
             return Err(corrupt(path, scan.tail, why));
         }
-        let scan = scan(&path, &bytes, &header, &mut replay)?;
+        let scan = scan(&path, &mut frames, &header, &mut replay)?;
         if scan.restarted {
             closed.iter_mut().for_each(|before| before.last_index = 0);
         }
         if id != last {
-            closed.push_back(Closed { id, last_index: scan.last_index, size_bytes: bytes.len() as u64 });
+            closed.push_back(Closed { id, last_index: scan.last_index, size_bytes: file_bytes });
             previous = Some((path, scan));
             continue;
         }
-        match header.next_sequence(&bytes) {
+        match header.next_sequence(&block) {
             Ok(None) => {}
             Ok(Some(sequence)) => {
                 let why = format!("this segment is missing: frame {sequence} and what follows are in it");
@@ -93,7 +94,10 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             }
             Err(_) => return Err(corrupt(&path, 0, "the word in its header that another segment follows is bad")),
         }
-        if let Some((offset, sequence)) = later_frame(&bytes, &header, &scan) {
+        let file = frames.into_file();
+        let (tail, awaited) = (scan.tail, scan.next_sequence);
+        let behind = Behind { file: file.as_ref(), file_bytes, tail, header, awaited };
+        if let Some((offset, sequence)) = behind.later_frame()? {
             let why = format!("frame {} is bad, yet frame {sequence} follows at byte {offset}", scan.next_sequence);
             return Err(corrupt(&path, scan.tail, why));
         }
@@ -102,35 +106,59 @@ pub fn recover(disk: &dyn Disk, dir: &Path) -> Result<Found, Error> {
             return Err(corrupt(&missing, 0, "this segment, which the log needs, is missing"));
         }
         replay.check().map_err(|why| corrupt(&path, scan.tail, why))?;
-        let tail = scan.tail as u64;
+        let cut_bytes = behind.torn_bytes()?;
+        let last_frame = match scan.last_frame {
+            Some(start) => Some((start, read(file.as_ref(), start..scan.tail)?)),
+            None => None,
+        };
         return Ok(Found {
             replay,
             closed,
-            active: Segment::resume(file, header, bytes.len() as u64, tail, scan.last_index),
+            active: Segment::resume(file, header, file_bytes, scan.tail, scan.last_index),
             next_sequence: scan.next_sequence,
-            last_frame: scan.last_frame.map(|start| (start as u64, bytes[start..scan.tail].to_vec())),
-            cut_bytes: torn_bytes(&bytes, &header, &scan),
+            last_frame,
+            cut_bytes,
         });
     }
     unreachable!("the last of the segments returned")
 }
 
-fn header(path: &Path, bytes: &[u8], id: u64) -> Result<Header, Error> {
-    match Header::decode(bytes) {
-        Ok(header) if header.id == id => Ok(header),
-        Ok(header) => Err(corrupt(path, 0, format!("it holds segment {:016x}: the file was renamed", header.id))),
-        Err(BadHeader::Newer { version }) => Err(Error::Newer { file: path.to_owned(), version }),
-        Err(BadHeader::Damaged) => Err(corrupt(path, 0, "the header of the segment is bad")),
-    }
+/// A segment, to be read.
+pub struct Opened {
+    header: Header,
+    /// The block that the header is in.
+    block: Vec<u8>,
+    file_bytes: u64,
+    pub frames: Frames,
+}
+
+/// Opens a segment and checks its header.
+pub fn open_segment(disk: &dyn Disk, path: &Path, id: u64) -> Result<Opened, Error> {
+    let file = disk.open(path)?;
+    let file_bytes = file.size()?;
+    let block = read(file.as_ref(), 0..file_bytes.min(HEADER_BYTES))?;
+    let header = match Header::decode(&block) {
+        Ok(header) if header.id == id => header,
+        Ok(header) => {
+            return Err(corrupt(path, 0, format!("it holds segment {:016x}: the file was renamed", header.id)));
+        }
+        Err(BadHeader::Newer { version }) => return Err(Error::Newer { file: path.to_owned(), version }),
+        Err(BadHeader::Damaged) => return Err(corrupt(path, 0, "the header of the segment is bad")),
+    };
+    let frames = Frames::new(file, &header)?;
+    Ok(Opened { header, block, file_bytes, frames })
 }
 
 /// Replays the good frames from the start of a segment.
-fn scan(path: &Path, bytes: &[u8], header: &Header, replay: &mut Replay) -> Result<Scan, Error> {
-    let seed = header.frame_seed();
-    let tail = bytes.len().min(HEADER_BYTES as usize);
-    let mut scan =
-        Scan { tail, last_frame: None, next_sequence: header.first_sequence, last_index: 0, restarted: false };
-    while let Some(frame) = read_frame(&bytes[scan.tail..], seed) {
+fn scan(path: &Path, frames: &mut Frames, header: &Header, replay: &mut Replay) -> Result<Scan, Error> {
+    let mut scan = Scan {
+        tail: frames.tail(),
+        last_frame: None,
+        next_sequence: header.first_sequence,
+        last_index: 0,
+        restarted: false,
+    };
+    while let Some(frame) = frames.next()? {
         if frame.sequence != scan.next_sequence {
             let why = format!("frame {} where {} should be", frame.sequence, scan.next_sequence);
             return Err(corrupt(path, scan.tail, why));
@@ -147,52 +175,108 @@ fn scan(path: &Path, bytes: &[u8], header: &Header, replay: &mut Replay) -> Resu
         }
         scan.last_frame = Some(scan.tail);
         scan.next_sequence += 1;
-        // A file cut inside of the padding ends before the place of the next frame.
-        scan.tail = (scan.tail + frame.size_bytes()).min(bytes.len());
+        scan.tail = frames.tail();
     }
     Ok(scan)
 }
 
-/// The first good frame behind a bad one, in the same segment: its offset and sequence.
-fn later_frame(bytes: &[u8], header: &Header, scan: &Scan) -> Option<(usize, u64)> {
-    let seed = header.frame_seed();
-    let mut ranges = None;
-    (scan.tail + FRAME_ALIGN..used_bytes(bytes)).step_by(FRAME_ALIGN).find_map(|offset| {
-        let claim = frame_claim(&bytes[offset..])?;
-        // Most offsets are told off by a sequence that could not be here, before the cost of a checksum.
-        let frames_max = ((offset - scan.tail) / FRAME_HEADER_BYTES) as u64;
-        let possible = scan.next_sequence..=scan.next_sequence.saturating_add(frames_max);
-        if !possible.contains(&claim.sequence) {
-            return None;
+/// What lies behind the last good frame of the last segment.
+struct Behind<'a> {
+    file: &'a dyn DiskFile,
+    file_bytes: u64,
+    tail: u64,
+    header: Header,
+    /// The sequence of the frame that is not there, or not whole.
+    awaited: u64,
+}
+
+impl Behind<'_> {
+    /// The first good frame behind a bad one: its offset and sequence.
+    fn later_frame(&self) -> Result<Option<(u64, u64)>, DiskError> {
+        // Most logs end without anything that could be one: only where something could is all of it read at once.
+        let Some(first) = self.first_possible()? else { return Ok(None) };
+        let bytes = read(self.file, self.tail..self.file_bytes)?;
+        let (ranges, seed) = (Ranges::new(&bytes), self.header.frame_seed());
+        Ok(((first - self.tail) as usize..bytes.len()).step_by(FRAME_ALIGN).find_map(|at| {
+            let offset = self.tail + at as u64;
+            let claim = self.possible(&bytes[at..], offset)?;
+            let crc = ranges.append(head_crc(seed, claim.sequence, claim.len), at + FRAME_HEADER_BYTES, claim.len);
+            (crc == claim.crc).then_some((offset, claim.sequence))
+        }))
+    }
+
+    /// The first place that claims to be the header of a frame that could follow here.
+    fn first_possible(&self) -> Result<Option<u64>, DiskError> {
+        let mut found = None;
+        self.stretches(self.tail + FRAME_ALIGN as u64..self.file_bytes, |start, bytes| {
+            let blocks = (0..bytes.len()).step_by(BLOCK_BYTES);
+            // Most of a young segment is zeros, told at the speed of memory. No frame begins with them.
+            let used = blocks.filter(|at| !is_zero(&bytes[*at..(at + BLOCK_BYTES).min(bytes.len())]));
+            let mut places = used.flat_map(|at| (at..at + BLOCK_BYTES).step_by(FRAME_ALIGN));
+            found = places.find_map(|at| {
+                let offset = start + at as u64;
+                self.possible(bytes.get(at..)?, offset).map(|_| offset)
+            });
+            found.is_none()
+        })?;
+        Ok(found)
+    }
+
+    /// What the bytes at an offset claim, if the sequence could be there. Most places are told off by that, before the cost of a
+    /// checksum.
+    fn possible(&self, bytes: &[u8], offset: u64) -> Option<Claim> {
+        let claim = frame_claim(bytes, self.file_bytes - offset)?;
+        let frames_max = (offset - self.tail) / FRAME_HEADER_BYTES as u64;
+        (self.awaited..=self.awaited.saturating_add(frames_max)).contains(&claim.sequence).then_some(claim)
+    }
+
+    /// How much was left by a write that tore; 0 where the log simply ends.
+    fn torn_bytes(&self) -> Result<u64, DiskError> {
+        let reach = self.file_bytes.min(self.tail + FRAME_BYTES_MAX);
+        if !self.header.recycled {
+            let mut torn = 0;
+            self.stretches(self.tail..reach, |start, bytes| {
+                let last = bytes.iter().rposition(|byte| *byte != 0);
+                torn = last.map_or(torn, |last| start - self.tail + last as u64 + 1);
+                true
+            })?;
+            return Ok(torn);
         }
-        let ranges = ranges.get_or_insert_with(|| Ranges::new(bytes));
-        let crc = ranges.append(head_crc(seed, claim.sequence, claim.len), offset + FRAME_HEADER_BYTES, claim.len);
-        (crc == claim.crc).then_some((offset, claim.sequence))
-    })
-}
-
-/// How much behind the tail was left by a write that tore; 0 where the log simply ends.
-fn torn_bytes(bytes: &[u8], header: &Header, scan: &Scan) -> u64 {
-    if !header.recycled {
-        let end = used_bytes(bytes).min(scan.tail + FRAME_BYTES_MAX as usize);
-        let behind = bytes.get(scan.tail..end).unwrap_or_default();
-        return behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
+        // Behind the tail of a recycled segment lie frames of its earlier life: only a header with the awaited sequence
+        // tells of a torn write there.
+        let header = read(self.file, self.tail..reach.min(self.tail + FRAME_HEADER_BYTES as u64))?;
+        Ok(match frame_claim(&header, self.file_bytes - self.tail) {
+            Some(claim) if claim.sequence == self.awaited => (FRAME_HEADER_BYTES + claim.len) as u64,
+            _ => 0,
+        })
     }
-    // Behind the tail of a recycled segment lie frames of its earlier life: only a header with the awaited sequence
-    // tells of a torn write there.
-    match frame_claim(&bytes[scan.tail..]) {
-        Some(claim) if claim.sequence == scan.next_sequence => (FRAME_HEADER_BYTES + claim.len) as u64,
-        _ => 0,
+
+    /// Shows the bytes of a range, a stretch at a time with the beginning of the next one, until `more` says that it
+    /// is enough.
+    fn stretches(&self, range: Range<u64>, mut more: impl FnMut(u64, &[u8]) -> bool) -> Result<(), DiskError> {
+        let mut buffer = Vec::new();
+        for start in range.clone().step_by(STRETCH_BYTES) {
+            let end = range.end.min(start + (STRETCH_BYTES + FRAME_HEADER_BYTES) as u64);
+            buffer.resize((end - start) as usize, 0);
+            self.file.read_at(start, &mut buffer)?;
+            if !more(start, &buffer) {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 
-/// Where the zeros begin that a segment ends with, roughly: most of a young one is zeros, told at the speed of memory.
-fn used_bytes(bytes: &[u8]) -> usize {
-    const BLOCK: [u8; 4096] = [0; 4096];
-    let zeros = bytes.rchunks(BLOCK.len()).take_while(|block| **block == BLOCK[..block.len()]).count();
-    bytes.len().saturating_sub(zeros * BLOCK.len())
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes == &[0; BLOCK_BYTES][..bytes.len()]
 }
 
-fn corrupt(file: &Path, offset: usize, why: impl Into<String>) -> Error {
-    Error::Corrupt { file: file.to_owned(), offset: offset as u64, why: why.into() }
+fn read(file: &dyn DiskFile, range: Range<u64>) -> Result<Vec<u8>, DiskError> {
+    let mut bytes = vec![0; range.end.saturating_sub(range.start) as usize];
+    file.read_at(range.start, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn corrupt(file: &Path, offset: u64, why: impl Into<String>) -> Error {
+    Error::Corrupt { file: file.to_owned(), offset, why: why.into() }
 }

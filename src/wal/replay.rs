@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use raft::eraftpb::{Entry, HardState};
+use raft::eraftpb::HardState;
 
 use super::record::Record;
+use super::terms::Terms;
 use crate::cluster::Member;
 
 /// The founding snapshot: index and term.
@@ -18,7 +19,7 @@ pub struct Replay {
     pub boot: u64,
     pub hard_state: HardState,
     pub nonces: BTreeMap<u64, u64>,
-    pub entries: Vec<Entry>,
+    pub entries: Terms,
     /// Index and term of the entry before the first. Unknown while the records begin in the middle, behind segments
     /// that were compacted away, and until the record of that compaction comes.
     pub base: Option<(u64, u64)>,
@@ -38,27 +39,26 @@ impl Replay {
             Record::Nonce { member, nonce } => {
                 self.nonces.insert(member, nonce);
             }
-            Record::Entry(entry) => self.entry(entry)?,
+            Record::Entry(entry) => self.entry(entry.index, entry.term)?,
             Record::Compacted { index, term, last } => self.compacted(index, term, last)?,
         }
         Ok(())
     }
 
     /// A later entry replaces the one at its index and all behind it.
-    fn entry(&mut self, entry: Entry) -> Result<(), String> {
+    fn entry(&mut self, index: u64, term: u64) -> Result<(), String> {
         let first = match (self.base, self.entries.first()) {
-            (Some((index, _)), _) => index + 1,
-            (None, Some(first)) if first.index <= entry.index => first.index,
+            (Some((base, _)), _) => base.saturating_add(1),
+            (None, Some(first)) if first <= index => first,
             // It replaces everything known so far.
-            (None, _) => entry.index,
+            (None, _) => index,
         };
-        let kept = entry.index.checked_sub(first).filter(|kept| *kept <= self.entries.len() as u64);
-        let Some(kept) = kept else {
-            let next = first + self.entries.len() as u64;
-            return Err(format!("entry {} where at most {next} can follow", entry.index));
-        };
-        self.entries.truncate(kept as usize);
-        self.entries.push(entry);
+        let next = first.saturating_add(self.entries.len());
+        if !(first..=next).contains(&index) {
+            return Err(format!("entry {index} where at most {next} can follow"));
+        }
+        self.entries.cut(index);
+        self.entries.push(index, term);
         Ok(())
     }
 
@@ -66,9 +66,12 @@ impl Replay {
         if last < index || self.base.is_some_and(|(base, _)| index < base) {
             return Err(format!("a compaction up to {index} of a log that ends at {last} after {:?}", self.base));
         }
-        self.entries.retain(|entry| index < entry.index && entry.index <= last);
-        let ends_at = self.entries.last().map(|entry| entry.index);
-        if self.entries.len() as u64 == last - index {
+        self.entries.forget(index);
+        if let Some(behind) = last.checked_add(1) {
+            self.entries.cut(behind);
+        }
+        let ends_at = self.entries.last();
+        if self.entries.len() == last - index {
             self.base = Some((index, term));
             Ok(())
         } else if self.base.is_none() && ends_at.is_none_or(|end| end == last) {
@@ -93,7 +96,7 @@ impl Replay {
     }
 
     pub fn last_index(&self) -> u64 {
-        self.entries.last().map_or(self.base.map_or(0, |(index, _)| index), |entry| entry.index)
+        self.entries.last().or(self.base.map(|(index, _)| index)).unwrap_or(0)
     }
 
     /// Whether the records together make a log.
@@ -117,6 +120,8 @@ impl Replay {
 
 #[cfg(test)]
 mod tests {
+    use raft::eraftpb::Entry;
+
     use super::*;
 
     fn entry(term: u64, index: u64) -> Record {
@@ -130,7 +135,8 @@ mod tests {
         replay.founders = Some(Vec::new());
         records.into_iter().try_for_each(|record| replay.apply(record))?;
         replay.check()?;
-        Ok(replay.entries.iter().map(|entry| (entry.term, entry.index)).collect())
+        let (first, end) = (replay.entries.first().unwrap_or(1), replay.entries.last().map_or(1, |last| last + 1));
+        Ok((first..end).map(|index| (replay.entries.at(index).expect("it is contiguous"), index)).collect())
     }
 
     #[test]

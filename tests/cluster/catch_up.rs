@@ -277,3 +277,23 @@ fn a_large_snapshot_takes_no_memory_of_its_own() {
     assert!(receiver < (VALUES << 20) + (128 << 20), "the receiver took {receiver} bytes");
     assert_eq!(cluster.nodes[second].must_get("k255"), value);
 }
+
+/// A log of 160 MiB behind a state of 3: what a start has read it does not keep.
+#[test]
+fn a_start_takes_no_memory_for_a_long_log() {
+    let flags = ["--snapshot-count", "100000", "--snapshot-log-bytes", "1GiB", "--snapshot-catchup-entries", "3"];
+    let mut cluster = Cluster::with_flags(1, &flags);
+    cluster.start_all();
+    let value = vec![7; 1 << 20];
+    for n in 0..160 {
+        cluster.nodes[0].must_put(&format!("k{}", n % 3), &value);
+    }
+    cluster.nodes[0].kill();
+    cluster.nodes[0].start();
+    cluster.nodes[0].wait_ready();
+    let status = cluster.nodes[0].status().unwrap();
+    assert_eq!((status["revision"].as_u64(), status["snapshot"]["index"].as_u64()), (Some(161), Some(0)));
+    let (_, most) = cluster.nodes[0].memory();
+    assert!(most < 64 << 20, "the start took {most} bytes");
+    assert_eq!(cluster.nodes[0].must_get("k2"), value);
+}

@@ -68,8 +68,9 @@ fn choose(disk: &MemoryDisk, rng: &mut Rng) -> Option<(PathBuf, u64)> {
 }
 
 fn same(before: &Recovered, after: &Recovered) -> bool {
-    (&before.hard_state, &before.entries, &before.nonces, before.compacted)
-        == (&after.hard_state, &after.entries, &after.nonces, after.compacted)
+    let entries = |log: &Recovered| -> Vec<_> { log.entries.read().map(|entry| entry.expect("it was read")).collect() };
+    (&before.hard_state, entries(before), &before.nonces, before.compacted)
+        == (&after.hard_state, entries(after), &after.nonces, after.compacted)
 }
 
 /// The file and the offset of the last frame of the log, found by its byte map: what lies before must not be cut.

@@ -16,10 +16,11 @@ use raftkv::cluster::{Introduction, Member, PeerUrl, cluster_id};
 use raftkv::command::Command;
 use raftkv::kv::Service;
 use raftkv::metrics::Metrics;
-use raftkv::node::{self, Ends, Node};
+use raftkv::node::{self, Ends, Node, Resume};
 use raftkv::server::data::{Data, Place};
-use raftkv::store::{Answer, Store, View};
+use raftkv::store::{Answer, View};
 use raftkv::transport::{self, Event};
+use raftkv::wal;
 use raftkv::wal::disk_memory::MemoryDisk;
 use raftkv::wal::snapshot::Snapshots;
 use raftkv::wal::writer::{self, Hand, Writer};
@@ -218,6 +219,7 @@ impl World {
             disk: Arc::new(self.hosts[&id].disk.clone()),
             data_dir: "/data".into(),
             segment_bytes: self.limits.segment_bytes,
+            policy: self.limits.policy(),
             metrics: self.hosts[&id].metrics.clone(),
         }
     }
@@ -248,7 +250,7 @@ impl World {
         };
         match opened {
             Ok(data) if !self.hosts[&id].disk.has_stopped() => {
-                let members = node::members_in_log(&data.meta, &data.recovered.entries);
+                let members = data.resume.members_in_log();
                 self.run(id, &place, data, members);
             }
             Ok(_) => self.power_is_out(id),
@@ -328,9 +330,28 @@ impl World {
         }
     }
 
+    /// What a process finds in its log, and what of it goes to its store before the node runs.
+    fn resumes(&mut self, id: u64, place: &Place, data: &Data) -> Result<(), wal::Error> {
+        let Data { identity, recovered, meta, .. } = data;
+        let entries = recovered.entries.read().collect::<Result<Vec<_>, _>>()?;
+        self.oracle.recovered(id, recovered.compacted.unwrap_or(node::FOUNDING).1, &entries);
+        self.oracle.starts(id, meta.index);
+        let mut resume = Resume::new(id, identity.nonce, recovered, meta, 0, place.policy.clone());
+        for entry in entries {
+            let commit = resume.take::<Answer>(entry).expect("the store has taken it");
+            if let Some(commit) = commit {
+                self.oracle.committed(id, recovered.hard_state.term, &commit);
+            }
+        }
+        Ok(())
+    }
+
     /// Wires a process, as `server` does.
     fn run(&mut self, id: u64, place: &Place, data: Data, members: Vec<Member>) {
-        let Data { identity, wal, recovered, snapshots, meta, snapshot_bytes, state } = data;
+        if let Err(error) = self.resumes(id, place, &data) {
+            return self.start_failed(id, &error.to_string());
+        }
+        let Data { identity, wal, recovered, snapshots, resume, store, .. } = data;
         let life = self.hosts[&id].life + 1;
         let seed = if self.scripted { id << 32 | life } else { self.rng.u64(..) };
         let limits = self.limits.clone();
@@ -348,7 +369,6 @@ impl World {
         let stop = CancellationToken::new();
         let (done_in, done) = mpsc::unbounded_channel();
         let (writer, hand) = Writer::by_hand(wal, move |event| drop(done_in.send(event)));
-        let store = Store::new(state, place.metrics.clone());
         let view = store.view();
         let settings = node::Settings {
             id,
@@ -360,19 +380,8 @@ impl World {
             request_timeout: limits.request_timeout,
             reserve_bytes: LOG_RESERVE_BYTES,
             message_bytes_max: MESSAGE_BYTES_MAX,
-            snapshots: node::Policy {
-                count: limits.snapshot_count,
-                interval: Duration::ZERO,
-                min_entries: 1,
-                log_bytes: 1 << 20,
-                catchup_entries: limits.catchup_entries,
-                catchup_bytes: 64 << 10,
-                memory_bytes: 16 << 10,
-                keep: limits.snapshot_keep,
-            },
         };
         let boot = recovered.boot;
-        self.oracle.recovered(id, recovered.compacted.unwrap_or(node::FOUNDING).1, &recovered.entries);
         let (world, shared) = (self.shared(), self.shared());
         let ends = Ends {
             proposals,
@@ -386,8 +395,8 @@ impl World {
             snapshots: snapshots.clone(),
             metrics: place.metrics.clone(),
         };
-        let applied = meta.index;
-        let node = Node::new(settings, recovered, &meta, snapshot_bytes, ends).run(stop.clone());
+        let applied = resume.applied();
+        let node = Node::new(settings, resume, ends).run(stop.clone());
         self.hosts.get_mut(&id).expect("it starts").process = Some(Process {
             life,
             boot,
@@ -403,7 +412,7 @@ impl World {
             tasks: Vec::new(),
         });
         self.note(format_args!("host {id} starts, life {life}, from entry {applied}"));
-        self.oracle.started(id, applied, &view.state());
+        self.oracle.applied(id, &view.state());
         Wire { world: shared, id, life }.start(self, members);
         let ended = async move {
             let outcome = node.await;

@@ -224,10 +224,9 @@ impl Oracle {
         self.committed.get(index.checked_sub(FOUNDING_INDEX + 1)? as usize)
     }
 
-    /// A process starts from a state.
-    pub fn started(&mut self, host: u64, applied: u64, state: &State) {
-        self.next.insert(host, applied + 1);
-        self.applied(host, state);
+    /// A process starts from a snapshot at this index, and will publish what is behind it.
+    pub fn starts(&mut self, host: u64, snapshot: u64) {
+        self.next.insert(host, snapshot + 1);
     }
 
     /// A node publishes: state machine safety, in order and without a gap. `term` is the one that it knows of.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use fastrand::Rng;
+use raftkv::node::Policy;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use xxhash_rust::xxh3::Xxh3;
@@ -44,6 +45,21 @@ impl Default for Limits {
             snapshot_keep: 2,
             request_timeout: Duration::from_secs(5),
             peer_events_max: 256,
+        }
+    }
+}
+
+impl Limits {
+    pub fn policy(&self) -> Policy {
+        Policy {
+            count: self.snapshot_count,
+            interval: Duration::ZERO,
+            min_entries: 1,
+            log_bytes: 1 << 20,
+            catchup_entries: self.catchup_entries,
+            catchup_bytes: 64 << 10,
+            memory_bytes: 16 << 10,
+            keep: self.snapshot_keep,
         }
     }
 }

@@ -46,7 +46,7 @@ impl Disk {
         Core::new(Start {
             id,
             base: FOUNDING,
-            snapshot,
+            applied: snapshot,
             hard_state,
             entries,
             election_ticks: 10,

@@ -319,10 +319,11 @@ fn start(disk: &MemoryDisk) -> Result<(Wal, Started), Error> {
     let identity = if identity.has_log { identity } else { identity.note_log(disk, Path::new(DATA))? };
     let (wal, recovered) = open(disk)?;
     let base = recovered.compacted.expect("it was compacted");
-    let last = base.0 + recovered.entries.len() as u64;
-    let term_at = |index: u64| recovered.entries.get((index - base.0) as usize - 1).map(|entry| entry.term);
+    let last = recovered.entries.last().unwrap_or(base.0);
     let snapshots = snapshots(disk)?;
-    let meta = snapshots.newest(base, last, term_at)?.expect("refused where the log needs one and there is none");
+    let meta = snapshots
+        .newest(base, last, |index| recovered.entries.term(index))?
+        .expect("refused where the log needs one and there is none");
     let mut bytes = Vec::new();
     let (_, mut image) = snapshots.read(meta.index, meta.term)?;
     image.read_to_end(&mut bytes).expect("it was verified");
