@@ -169,7 +169,7 @@ fn judge(sample: &Sample, dir: &Path, file: &str, damage: Damage) -> Outcome {
     let mut node = Node::at(1, &sample.cluster, dir, FLAGS);
     node.set_flags(&[FLAGS, &["--listen-peer", &format!("127.0.0.1:{}", free_port())]].concat());
     node.start();
-    let served = wait_for(&format!("{file} with {damage:?}: it serves or it ends\n{}", node.log()), || {
+    let served = wait_for(&format!("{file} with {damage:?}: it serves or it ends"), || {
         let ready = node.status().is_some_and(|status| status["role"] == "leader" && node.get("key-9").is_ok());
         if ready { Some(true) } else { (!node.is_running()).then_some(false) }
     });

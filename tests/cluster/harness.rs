@@ -16,13 +16,18 @@ use tempfile::TempDir;
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Polls until `condition` gives something. Panics with `what` at the deadline.
-pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_or_tell(|| what.to_owned(), condition)
+}
+
+/// The same; `what` is asked only at the deadline.
+pub fn wait_or_tell<T>(what: impl Fn() -> String, mut condition: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
     loop {
         if let Some(found) = condition() {
             return found;
         }
-        assert!(Instant::now() < deadline, "timed out: {what}");
+        assert!(Instant::now() < deadline, "timed out: {}", what());
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -174,7 +179,7 @@ impl Node {
     /// Waits for the process to end by itself.
     pub fn wait(&mut self) -> ExitStatus {
         let mut child = self.process.take().expect("a running node");
-        wait_for(&format!("node {} ends\n{}", self.id, self.log()), || child.try_wait().unwrap())
+        wait_or_tell(|| format!("node {} ends\n{}", self.id, self.log()), || child.try_wait().unwrap())
     }
 
     /// Memory in bytes: held now, and the most that was ever held.
@@ -249,16 +254,18 @@ impl Node {
     }
 
     pub fn wait_ready(&self) {
-        wait_for(&format!("node {} is ready\n{}", self.id, self.log()), || {
-            request("GET", self.port, "/readyz", b"").ok().filter(|answer| answer.status == 200)
-        });
+        wait_or_tell(
+            || format!("node {} is ready\n{}", self.id, self.log()),
+            || request("GET", self.port, "/readyz", b"").ok().filter(|answer| answer.status == 200),
+        );
     }
 
     /// Whether it takes connections, leader or not.
     pub fn wait_alive(&self) {
-        wait_for(&format!("node {} is alive\n{}", self.id, self.log()), || {
-            request("GET", self.port, "/livez", b"").ok().filter(|answer| answer.status == 200)
-        });
+        wait_or_tell(
+            || format!("node {} is alive\n{}", self.id, self.log()),
+            || request("GET", self.port, "/livez", b"").ok().filter(|answer| answer.status == 200),
+        );
     }
 }
 
