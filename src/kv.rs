@@ -114,7 +114,7 @@ impl Service {
             self.caught_up().await?;
         }
         let state = self.view.state();
-        Ok(Read { entry: state.get(key).cloned(), index: state.applied() })
+        Ok(Read { entry: state.get(key), index: state.applied() })
     }
 
     /// Waits until all that was committed when this was called is applied here. It also tells that there is a leader.

@@ -93,9 +93,10 @@ fn any_state(u: &mut Unstructured<'_>) -> Result<State> {
         let value = Bytes::from(vec![near; usize::from(value_len)]);
         let revisions = Revisions { create, modify, version };
         let new = hash(&key, &value, revisions);
-        let entry = KeyValue::new(&value, &value, revisions, new);
-        let old = state.keys.insert(key.clone(), entry).map_or(0, |old| old.hash(&key));
-        state.content_hash = state.content_hash.wrapping_add(new).wrapping_sub(old);
+        if state.keys.get(&key).is_none() {
+            state.keys.insert(key, KeyValue::new(&value, &value, revisions, new));
+            state.content_hash = state.content_hash.wrapping_add(new);
+        }
     }
     Ok(state)
 }

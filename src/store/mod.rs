@@ -4,6 +4,7 @@
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod key;
+mod keys;
 mod snapshot;
 mod state;
 mod value;

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 
 use bytes::Bytes;
-use imbl::OrdMap;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::key::Key;
+use super::keys::Keys;
 use super::state::{State, WINDOW_SIZE};
 use super::value::{KeyValue, Revisions, hash};
 use crate::channel::COMMAND_BYTES_MAX;
@@ -54,16 +54,16 @@ pub fn write_image(state: &State, out: &mut dyn Write) -> io::Result<()> {
         out.put(&bits)?;
     }
     out.put(&(state.keys.len() as u64).to_le_bytes())?;
-    for (key, entry) in &state.keys {
+    for (key, (revisions, value)) in state.keys.iter() {
         let len = |bytes: &[u8]| u32::try_from(bytes.len()).expect("at most PAIR_BYTES_MAX").to_le_bytes();
         out.put(&len(key))?;
-        out.put(&len(entry.value()))?;
-        let Revisions { create, modify, version } = entry.revisions();
+        out.put(&len(value))?;
+        let Revisions { create, modify, version } = revisions;
         for number in [create, modify, version] {
             out.put(&number.to_le_bytes())?;
         }
         out.put(key)?;
-        out.put(entry.value())?;
+        out.put(value)?;
     }
     out.end()
 }
@@ -113,8 +113,8 @@ fn read_seen(input: &mut HashedReader<impl Read>) -> Result<BTreeMap<u64, (u64, 
 }
 
 /// The keys, and the hash of the content as they make it.
-fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdMap<Key, KeyValue>, u64), BadImage> {
-    let mut keys: OrdMap<Key, KeyValue> = OrdMap::new();
+fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(Keys, u64), BadImage> {
+    let mut keys = Keys::default();
     let (mut last, mut between) = (None, Vec::new());
     let mut content_hash = 0u64;
     let count = input.number()?;
@@ -135,17 +135,16 @@ fn read_keys(input: &mut HashedReader<impl Read>, revision: u64) -> Result<(OrdM
         let revisions = Revisions { create, modify, version };
         let hash = hash(&key, &value, revisions);
         content_hash = content_hash.wrapping_add(hash);
-        let entry = KeyValue::new(&value, &value, revisions, hash);
         if n % 2 == 0 {
-            keys.insert(key, entry);
+            keys.insert(key, KeyValue::new(&value, &value, revisions, hash));
         } else {
-            between.push((key, entry));
+            between.push((key, KeyValue::new(&value, &value, revisions, hash)));
         }
         if between.len() == BETWEEN_MAX {
-            keys.extend(between.drain(..));
+            between.drain(..).for_each(|(key, entry)| keys.insert(key, entry));
         }
     }
-    keys.extend(between);
+    between.into_iter().for_each(|(key, entry)| keys.insert(key, entry));
     assert_eq!(keys.len() as u64, count, "each key that was read is in the map");
     Ok((keys, content_hash))
 }

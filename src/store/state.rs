@@ -4,11 +4,10 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use imbl::OrdMap;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::key::Key;
-use super::value::{KeyValue, Revisions, hash};
+use super::keys::Keys;
+use super::value::KeyValue;
 use crate::channel::RequestId;
 use crate::command::{Command, Unreadable};
 use crate::window::{Seen, Window};
@@ -37,7 +36,7 @@ pub enum Outcome {
 /// All that is replicated. A clone costs next to nothing, however many keys there are. `snapshot` keeps every field.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    pub(super) keys: OrdMap<Key, KeyValue>,
+    pub(super) keys: Keys,
     pub(super) revision: u64,
     pub(super) applied: u64,
     pub(super) content_hash: u64,
@@ -50,7 +49,7 @@ pub struct State {
 impl State {
     /// The state of a cluster that was just founded; `applied` is the index of its founding snapshot.
     pub fn founded(applied: u64) -> Self {
-        State { keys: OrdMap::new(), revision: 1, applied, content_hash: 0, log_hash: 0, seen: BTreeMap::new() }
+        State { keys: Keys::default(), revision: 1, applied, content_hash: 0, log_hash: 0, seen: BTreeMap::new() }
     }
 
     /// Applies the command of the next entry. An error is a command of a newer version: the caller must stop.
@@ -80,7 +79,7 @@ impl State {
         self.advance(index, term, &[]);
     }
 
-    pub fn get(&self, key: &[u8]) -> Option<&KeyValue> {
+    pub fn get(&self, key: &[u8]) -> Option<KeyValue> {
         self.keys.get(key)
     }
 
@@ -129,23 +128,7 @@ impl State {
     }
 
     pub(super) fn put(&mut self, key: &[u8], value: &[u8], command: &Bytes) {
-        let modify = self.revision;
-        // One descent where the key is there, which is where it costs most.
-        let (old, new) = match self.keys.get_mut(key) {
-            Some(entry) => {
-                let (old, before) = (entry.hash(key), entry.revisions());
-                let revisions = Revisions { modify, version: before.version + 1, ..before };
-                let new = hash(key, value, revisions);
-                entry.replace(value, command, revisions, new);
-                (old, new)
-            }
-            None => {
-                let revisions = Revisions { create: modify, modify, version: 1 };
-                let new = hash(key, value, revisions);
-                self.keys.insert(key.into(), KeyValue::new(value, command, revisions, new));
-                (0, new)
-            }
-        };
+        let (old, new) = self.keys.put(key, value, command, self.revision);
         self.content_hash = self.content_hash.wrapping_sub(old).wrapping_add(new);
     }
 }
@@ -154,6 +137,7 @@ impl State {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::value::{Revisions, hash};
     use super::*;
 
     fn put(key: &str, value: &str) -> Bytes {
@@ -214,8 +198,8 @@ mod tests {
             for (n, (key, value)) in (1..).zip(&writes) {
                 state.apply(n + 1, 1, request(n), &Command::Put { key: &[*key], value: &[*value] }.encode()).unwrap();
             }
-            let anew = state.keys.iter().map(|(key, entry)| entry.hash(key)).fold(0, u64::wrapping_add);
-            prop_assert_eq!(state.content_hash(), anew);
+            let anew = state.keys.iter().map(|(key, (revisions, value))| hash(key, value, revisions));
+            prop_assert_eq!(state.content_hash(), anew.fold(0, u64::wrapping_add));
         }
     }
 }

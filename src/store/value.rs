@@ -1,7 +1,7 @@
-//! What the map of the state holds for a key: one pointer, to one allocation with numbers and value in it. A snapshot copies the
-//! map's nodes as writes go on behind it, so what they hold is small, and copied without an allocation. Where no snapshot holds
-//! it, a value is overwritten by one of its size where it is: an allocation that is made here and freed there is two more places in
-//! memory that the processor has not seen for long.
+//! What the maps of the state hold for a key. Of a small value one pointer, to one allocation with numbers and value in it. A
+//! snapshot copies the maps' nodes as writes go on behind it, so what they hold is small, and copied without an allocation.
+//! Where no snapshot holds it, a value is overwritten by one of its size where it is: an allocation that is made here and freed
+//! there is two more places in memory that the processor has not seen for long.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// The largest value that is copied out of its log entry, in bytes. As a slice of it, a small value would keep all of the entry in
 /// memory, for as long as nobody writes the key again; a large one is not worth a copy.
-const COPIED_BYTES_MAX: usize = 4 << 10;
+pub(super) const SMALL_BYTES_MAX: usize = 4 << 10;
 
 /// What [`in_one_piece`] takes from the stack.
 const STACK_BYTES_MAX: usize = 512;
@@ -27,52 +27,88 @@ pub struct Revisions {
     pub version: u64,
 }
 
-/// A key's value and history. A clone is one count.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyValue(Kept);
+impl Revisions {
+    /// Of a key that is created.
+    pub(super) fn first(revision: u64) -> Self {
+        Revisions { create: revision, modify: revision, version: 1 }
+    }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Kept {
-    /// The creation, how much later the last write was, and the version, each as a varint, and the value behind them: of a
-    /// small value the numbers would be a fifth.
-    Packed(ThinArc<(), u8>),
-    Shared(Arc<Large>),
+    /// Of the same key, written again.
+    pub(super) fn next(self, revision: u64) -> Self {
+        Revisions { modify: revision, version: self.version + 1, ..self }
+    }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-struct Large {
-    revisions: Revisions,
-    /// As [`KeyValue::hash`] says. A small value is hashed again when it is overwritten, rather than that a hash is kept for each.
-    hash: u64,
-    value: Bytes,
+/// A key's value and history. A clone is one count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyValue {
+    Small(Small),
+    Large(Large),
 }
 
 impl KeyValue {
-    /// `value` is a part of `whole`, which is kept where the value is large; `hash` is what [`hash`] makes of both and the key.
+    /// `value` is a part of `whole`, which is kept where the value is large; `hash` is what [`hash`] makes of it.
     pub(super) fn new(value: &[u8], whole: &Bytes, revisions: Revisions, hash: u64) -> Self {
-        KeyValue(if value.len() <= COPIED_BYTES_MAX {
-            let (numbers, len) = pack(revisions);
-            Kept::Packed(in_one_piece(&[&numbers[..len], value], |packed| ThinArc::from_header_and_slice((), packed)))
+        if is_small(value) {
+            KeyValue::Small(Small::new(value, revisions))
         } else {
-            Kept::Shared(Arc::new(Large { revisions, hash, value: whole.slice_ref(value) }))
-        })
-    }
-
-    /// Becomes what [`KeyValue::new`] makes of the same.
-    pub(super) fn replace(&mut self, value: &[u8], whole: &Bytes, revisions: Revisions, hash: u64) {
-        if !self.overwrite(value, revisions) {
-            *self = KeyValue::new(value, whole, revisions, hash);
+            KeyValue::Large(Large(Arc::new(Shared { revisions, hash, value: whole.slice_ref(value) })))
         }
     }
 
-    /// Writes a small value over one that takes as much room and that nobody else holds; else this is false.
-    fn overwrite(&mut self, value: &[u8], revisions: Revisions) -> bool {
-        let Kept::Packed(packed) = &mut self.0 else { return false };
+    pub fn value(&self) -> &[u8] {
+        self.parts().1
+    }
+
+    /// The value for somebody else to keep; a large one is not copied.
+    pub fn to_bytes(&self) -> Bytes {
+        match self {
+            KeyValue::Small(small) => Bytes::copy_from_slice(small.parts().1),
+            KeyValue::Large(large) => large.0.value.clone(),
+        }
+    }
+
+    pub fn revisions(&self) -> Revisions {
+        self.parts().0
+    }
+
+    fn parts(&self) -> (Revisions, &[u8]) {
+        match self {
+            KeyValue::Small(small) => small.parts(),
+            KeyValue::Large(large) => large.parts(),
+        }
+    }
+}
+
+pub(super) fn is_small(value: &[u8]) -> bool {
+    value.len() <= SMALL_BYTES_MAX
+}
+
+/// The creation, how much later the last write was, and the version, each as a varint, and the value behind them: of a small
+/// value the numbers would be a fifth. Its hash is made again when it is overwritten, rather than that one is kept for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Small(ThinArc<(), u8>);
+
+impl Small {
+    pub(super) fn new(value: &[u8], revisions: Revisions) -> Self {
         let (numbers, len) = pack(revisions);
-        if value.len() > COPIED_BYTES_MAX || packed.slice.len() != len + value.len() {
+        Small(in_one_piece(&[&numbers[..len], value], |packed| ThinArc::from_header_and_slice((), packed)))
+    }
+
+    /// Becomes what [`Small::new`] makes of the same.
+    pub(super) fn replace(&mut self, value: &[u8], revisions: Revisions) {
+        if !self.overwrite(value, revisions) {
+            *self = Small::new(value, revisions);
+        }
+    }
+
+    /// Writes a value over one that takes as much room and that nobody else holds; else this is false.
+    fn overwrite(&mut self, value: &[u8], revisions: Revisions) -> bool {
+        let (numbers, len) = pack(revisions);
+        if self.0.slice.len() != len + value.len() {
             return false;
         }
-        packed.with_arc_mut(|packed| {
+        self.0.with_arc_mut(|packed| {
             let Some(own) = triomphe::Arc::get_mut(packed) else { return false };
             let (old_numbers, old_value) = own.slice_mut().split_at_mut(len);
             old_numbers.copy_from_slice(&numbers[..len]);
@@ -81,38 +117,30 @@ impl KeyValue {
         })
     }
 
-    pub fn value(&self) -> &[u8] {
-        match &self.0 {
-            Kept::Packed(packed) => unpack(&packed.slice).1,
-            Kept::Shared(large) => &large.value,
-        }
+    pub(super) fn parts(&self) -> (Revisions, &[u8]) {
+        unpack(&self.0.slice)
+    }
+}
+
+/// A value that is shared with the log entry it came in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Large(Arc<Shared>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Shared {
+    revisions: Revisions,
+    hash: u64,
+    value: Bytes,
+}
+
+impl Large {
+    pub(super) fn parts(&self) -> (Revisions, &[u8]) {
+        (self.0.revisions, &self.0.value)
     }
 
-    /// The value for somebody else to keep; a large one is not copied.
-    pub fn to_bytes(&self) -> Bytes {
-        match &self.0 {
-            Kept::Packed(packed) => Bytes::copy_from_slice(unpack(&packed.slice).1),
-            Kept::Shared(large) => large.value.clone(),
-        }
-    }
-
-    pub fn revisions(&self) -> Revisions {
-        match &self.0 {
-            Kept::Packed(packed) => unpack(&packed.slice).0,
-            Kept::Shared(large) => large.revisions,
-        }
-    }
-
-    /// The part in the content hash of the key that this is kept for: parts are added up, so that order does not matter and a
-    /// change costs one key.
-    pub(super) fn hash(&self, key: &[u8]) -> u64 {
-        match &self.0 {
-            Kept::Packed(packed) => {
-                let (revisions, value) = unpack(&packed.slice);
-                hash(key, value, revisions)
-            }
-            Kept::Shared(large) => large.hash,
-        }
+    /// The part in the content hash of the key that this is kept for.
+    pub(super) fn hash(&self) -> u64 {
+        self.0.hash
     }
 }
 
@@ -136,7 +164,8 @@ fn unpack(packed: &[u8]) -> (Revisions, &[u8]) {
     (Revisions { create, modify: create.wrapping_add(later), version }, rest)
 }
 
-/// Of the length of the key, the key, the three numbers and the value, each behind the other.
+/// The part of a key in the content hash: parts are added up, so that order does not matter and a change costs one key. Of the
+/// length of the key, the key, the three numbers and the value, each behind the other.
 pub(super) fn hash(key: &[u8], value: &[u8], revisions: Revisions) -> u64 {
     let len = (key.len() as u64).to_le_bytes();
     let numbers = [revisions.create, revisions.modify, revisions.version].map(u64::to_le_bytes);
@@ -192,52 +221,51 @@ mod tests {
     }
 
     #[test]
-    fn a_small_value_lets_its_entry_go_and_a_large_one_is_not_copied() {
-        for len in [0, 1, COPIED_BYTES_MAX, COPIED_BYTES_MAX + 1] {
-            let whole = Bytes::from(vec![7; len + 10]);
+    fn what_is_packed_comes_out() {
+        for len in [0, 1, STACK_BYTES_MAX, SMALL_BYTES_MAX] {
             for (create, modify) in [(1, 1), (1, u64::MAX), (u64::MAX, 0)] {
-                let revisions = Revisions { create, modify, version: modify };
-                assert_eq!(KeyValue::new(&whole[10..], &whole, revisions, 7).revisions(), revisions);
+                let (value, revisions) = (vec![7; len], Revisions { create, modify, version: modify });
+                let entry = Small::new(&value, revisions);
+                assert_eq!(entry.parts(), (revisions, &value[..]));
+                assert_eq!(KeyValue::Small(entry).to_bytes(), value);
             }
-            let entry = KeyValue::new(&whole[10..], &whole, REVISIONS, hash(b"key", &whole[10..], REVISIONS));
-            assert_eq!(
-                (entry.value(), entry.to_bytes(), entry.revisions()),
-                (&whole[10..], whole.slice(10..), REVISIONS)
-            );
-            assert_eq!(entry.hash(b"key"), hash(b"key", &whole[10..], REVISIONS));
-            let shared = len > COPIED_BYTES_MAX;
-            assert_eq!(std::ptr::eq(entry.value(), &whole[10..]) && len > 0, shared, "{len} bytes");
-            assert_eq!(std::ptr::eq(&entry.to_bytes()[..], entry.value()) && len > 0, shared);
         }
+    }
+
+    #[test]
+    fn a_large_value_is_not_copied() {
+        let value = Bytes::from(vec![7; SMALL_BYTES_MAX + 1]);
+        let entry = KeyValue::new(&value, &value, REVISIONS, 9);
+        assert_eq!((entry.value().as_ptr(), entry.revisions()), (value.as_ptr(), REVISIONS));
+        assert_eq!(entry.to_bytes().as_ptr(), value.as_ptr());
     }
 
     #[test]
     fn to_replace_one_is_to_make_it_anew_and_leaves_its_copies_alone() {
         let made = |len: usize, modify| {
-            let (value, revisions) = (Bytes::from(vec![modify as u8; len]), Revisions { modify, ..REVISIONS });
-            (value.clone(), revisions, KeyValue::new(&value, &value, revisions, modify))
+            let (value, revisions) = (vec![modify as u8; len], Revisions { modify, ..REVISIONS });
+            (Small::new(&value, revisions), value, revisions)
         };
-        let lens = [0, 1, 100, COPIED_BYTES_MAX, COPIED_BYTES_MAX + 1];
+        let lens = [0, 1, 100, SMALL_BYTES_MAX];
         for (before, after) in lens.into_iter().flat_map(|before| lens.map(|after| (before, after))) {
             // As a varint the first takes as much room as what it was before, the second a byte more.
             for modify in [3, 300] {
-                let ((_, _, mut entry), (value, revisions, anew)) = (made(before, 2), made(after, modify));
+                let ((mut entry, ..), (anew, value, revisions)) = (made(before, 2), made(after, modify));
                 let copy = entry.clone();
-                entry.replace(&value, &value, revisions, modify);
-                assert_eq!((&entry, copy), (&anew, made(before, 2).2), "{before} to {after} bytes, copied");
-                let mut entry = made(before, 2).2;
-                entry.replace(&value, &value, revisions, modify);
+                entry.replace(&value, revisions);
+                assert_eq!((&entry, copy), (&anew, made(before, 2).0), "{before} to {after} bytes, copied");
+                let mut entry = made(before, 2).0;
+                entry.replace(&value, revisions);
                 assert_eq!(entry, anew, "{before} to {after} bytes");
             }
         }
-        let ((_, _, mut entry), (value, revisions, anew)) = (made(100, 2), made(100, 3));
-        let place = entry.value().as_ptr();
-        entry.replace(&value, &value, revisions, 3);
-        assert_eq!((entry.value().as_ptr(), entry), (place, anew), "where nobody else holds it, it stays where it is");
-    }
-
-    #[test]
-    fn it_takes_little_room_in_the_map() {
-        assert_eq!(size_of::<KeyValue>(), 16);
+        let ((mut entry, ..), (anew, value, revisions)) = (made(100, 2), made(100, 3));
+        let place = entry.parts().1.as_ptr();
+        entry.replace(&value, revisions);
+        assert_eq!(
+            (entry.parts().1.as_ptr(), entry),
+            (place, anew),
+            "where nobody else holds it, it stays where it is"
+        );
     }
 }
