@@ -45,14 +45,14 @@ class Bench:
         # The machine's own, before anything was measured.
         self.load_before = 0.0
 
-    def start(self, system, count):
+    def start(self, system, *how):
         program = {"raftkv": "raftkv", "etcd": "etcd", "etcd-json": "etcd", "echo": "echo"}[system.name]
-        cluster = system(self.programs[program], count)
+        cluster = system(self.programs[program], *how)
         self.running.append(cluster)
         return cluster
 
-    def ready(self, system, count):
-        return self.start(system, count).start_ready()
+    def ready(self, system, *how):
+        return self.start(system, *how).start_ready()
 
     def stop(self):
         """All that runs, whatever happened."""
@@ -278,27 +278,31 @@ def windows(bench, cluster):
 
 
 def growth(bench):
-    """Writes while the store holds 10,000 keys, and 10,000,000."""
+    """Writes to a store of 10,000 keys and to one of 10,000,000, in turn: each is at rest while the other is measured."""
     results = {}
-    for pair in range(bench.pairs):
-        for system in bench.systems:
-            cluster = bench.ready(system, 3)
-            values = results.setdefault(system.name, {})
-            for keys in (10_000, 10_000_000):
+    for system in bench.systems:
+        values, clusters = results.setdefault(system.name, {}), {}
+        for keys in (10_000, 10_000_000):
+            print(f"{system.name}: {keys:,} keys", flush=True)
+            clusters[keys] = bench.ready(system, 3, f"{system.name}-of-{keys}")
+            bench.generator.fill(clusters[keys], keys, MANY_VALUE_BYTES)
+        for pair in range(bench.pairs):
+            for keys, cluster in clusters.items():
                 print(f"pair {pair + 1}: {system.name}, {keys:,} keys", flush=True)
-                bench.generator.fill(cluster, keys, MANY_VALUE_BYTES)
                 flags = ["--keys", str(keys), "--value-bytes", str(MANY_VALUE_BYTES)]
                 measured, _ = bench.generator.measure(cluster, bench.seconds, *flags)
                 for key, value in measured.items():
                     values.setdefault(f"{key}-{keys}", []).append(value)
-            values.setdefault("kept", []).extend(pages.ratios(values["rate-10000000"][-1:], values["rate-10000"][-1:]))
-            bench.stop()
+        values["kept"] = pages.ratios(values["rate-10000000"], values["rate-10000"])
+        values["dearer"] = pages.ratios(values["cpu-10000000"], values["cpu-10000"])
+        bench.stop()
     metrics = [
         ("writes with 10,000 keys", "rate-10000", "1/s"),
         ("writes with 10,000,000 keys", "rate-10000000", "1/s"),
         ("the second by the first", "kept", ""),
         ("CPU with 10,000 keys, 100,000 writes", "cpu-10000", "s"),
         ("CPU with 10,000,000 keys, 100,000 writes", "cpu-10000000", "s"),
+        ("the second by the first", "dearer", ""),
         ("peak memory of a node", "memory-10000000", "MB"),
     ]
     return "\nThree nodes, 64 clients:\n\n" + pages.compare(metrics, results)
@@ -323,5 +327,5 @@ PARTS = {
     "snapshot": snapshot,
     "growth": growth,
 }
-# Takes an hour and tens of gigabytes: only where asked for.
+# Takes long, and with etcd tens of gigabytes: only where asked for.
 ON_REQUEST = {"growth"}

@@ -177,7 +177,7 @@ class Raftkv(Cluster):
 
     name = "raftkv"
 
-    def __init__(self, binary, count):
+    def __init__(self, binary, count, called=name):
         port = free_ports()
         self.clients = lambda clients: ["--protocol", "http", "--connections", str(clients)]
         members = ",".join(f"http://127.0.0.1:{port + 50 + id}" for id in range(1, count + 1))
@@ -185,7 +185,7 @@ class Raftkv(Cluster):
         for id in range(1, count + 1):
             listen = f"127.0.0.1:{port + id}"
             command = [binary, "--id", str(id), "--cluster", members, "--listen", listen]
-            node = Node(f"raftkv-{id}", port + id, command)
+            node = Node(f"{called}-{id}", port + id, command)
             node.command += ["--data-dir", str(node.dir)]
             nodes.append(node)
         super().__init__(nodes)
@@ -224,7 +224,7 @@ class Etcd(Cluster):
 
     name = "etcd"
 
-    def __init__(self, binary, count):
+    def __init__(self, binary, count, called=name):
         port = free_ports()
         self.clients = lambda clients: self.grpc(clients)
         members = ",".join(f"n{id}=http://127.0.0.1:{port + 50 + id}" for id in range(1, count + 1))
@@ -235,7 +235,7 @@ class Etcd(Cluster):
             command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
             command += ["--initial-cluster", members, "--initial-cluster-state", "new"]
             command += ["--quota-backend-bytes", str(8 << 30), "--logger", "zap", "--log-level", "error"]
-            node = Node(f"etcd-{id}", port + id, command)
+            node = Node(f"{called}-{id}", port + id, command)
             node.command += ["--data-dir", str(node.dir)]
             nodes.append(node)
         super().__init__(nodes)
