@@ -222,11 +222,11 @@ impl Behind<'_> {
         Ok(found)
     }
 
-    /// What the bytes at an offset claim, if the sequence could be there. Most places are told off by that, before the cost of a
-    /// checksum.
+    /// What the bytes at an offset claim, if the sequence could be in this segment, be it at another place. Most are told off by
+    /// that, before the cost of a checksum.
     fn possible(&self, bytes: &[u8], offset: u64) -> Option<Claim> {
         let claim = frame_claim(bytes, self.file_bytes - offset)?;
-        let frames_max = (offset - self.tail) / FRAME_HEADER_BYTES as u64;
+        let frames_max = (self.file_bytes - self.tail) / FRAME_HEADER_BYTES as u64;
         (self.awaited..=self.awaited.saturating_add(frames_max)).contains(&claim.sequence).then_some(claim)
     }
 
