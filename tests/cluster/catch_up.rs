@@ -48,7 +48,7 @@ fn a_lone_node_restarts_from_its_snapshot() {
 /// A large state that changes little is not written again: not after fifty entries, and not because of a restart.
 #[test]
 fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
-    let mut cluster = Cluster::with_flags(1, &[SMALL, &["--snapshot-log-bytes", "1MiB"]].concat());
+    let mut cluster = Cluster::with_flags(1, SMALL);
     cluster.start_all();
     let mut acknowledged = BTreeMap::new();
     for n in 0..3 {
@@ -56,11 +56,12 @@ fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
     }
     fill(&cluster, 0, "small", 60, &mut acknowledged);
     let index = |cluster: &Cluster| cluster.nodes[0].status()?["snapshot"]["index"].as_u64().filter(|index| *index > 0);
-    let first = wait_for("a snapshot", || index(&cluster));
+    let first = wait_for("a snapshot of them all, due by its count", || index(&cluster));
     for _ in 0..2 {
         fill(&cluster, 0, "small", 150, &mut acknowledged);
         assert_eq!(index(&cluster), Some(first));
         cluster.nodes[0].kill();
+        cluster.nodes[0].set_flags(&[SMALL, &["--snapshot-log-bytes", "1MiB"]].concat());
         cluster.nodes[0].start();
         cluster.nodes[0].wait_ready();
     }
@@ -89,7 +90,7 @@ fn the_next_snapshot_of_a_large_state_waits_for_as_much_log() {
 /// They would all be due at the same place in the log, and slow down the same writes.
 #[test]
 fn members_take_turns_with_large_snapshots() {
-    let mut cluster = Cluster::with_flags(3, &[SMALL, &["--snapshot-log-bytes", "1MiB"]].concat());
+    let mut cluster = Cluster::with_flags(3, &[SMALL, &["--snapshot-log-bytes", "4MiB"]].concat());
     cluster.start_all();
     for n in 0..3 {
         cluster.nodes[0].must_put(&format!("large-{n}"), vec![b'v'; 900_000]);
@@ -99,7 +100,7 @@ fn members_take_turns_with_large_snapshots() {
         let index = |node: &Node| node.status()?["snapshot"]["index"].as_u64().filter(|index| *index > above);
         cluster.nodes.iter().map(index).collect::<Option<Vec<u64>>>()
     };
-    let first = wait_for("a snapshot of each", || indexes(0));
+    let first = wait_for("a snapshot of each, due by its count: it holds all three", || indexes(0));
     let second = wait_for("the next of each", || {
         cluster.nodes[0].must_put("large-0", vec![b'w'; 100_000]);
         indexes(*first.iter().max()?)
