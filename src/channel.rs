@@ -4,6 +4,8 @@
 //! Whoever wants to replicate another service implements the receiving end of the commits and holds a sender of
 //! proposals; `store` is one such service.
 
+mod writes;
+
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::writes::{SHARED_COMMAND_BYTES_MAX, SHARED_WRITES_MAX, Writes};
 use crate::cluster::Member;
 
 /// The largest command, in bytes: above every flag, equal on all nodes, so that what one node takes every other can
@@ -43,13 +46,16 @@ impl RequestId {
 
     /// The inverse of [`RequestId::to_bytes`]; `None` for any other length.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let bytes: &[u8; Self::BYTES] = bytes.try_into().ok()?;
+        bytes.try_into().ok().map(Self::from_array)
+    }
+
+    fn from_array(bytes: &[u8; Self::BYTES]) -> Self {
         let word = |at: usize| {
             let mut word = [0; 8];
             word.copy_from_slice(&bytes[at..at + 8]);
             u64::from_le_bytes(word)
         };
-        Some(RequestId { node: word(0), boot: word(8), counter: word(16) })
+        RequestId { node: word(0), boot: word(8), counter: word(16) }
     }
 }
 
@@ -240,8 +246,9 @@ pub type WriteImage = Box<dyn FnOnce(&mut dyn io::Write) -> io::Result<()> + Sen
 
 /// What the log tells the service, in log order.
 pub enum Commit<A> {
-    /// Apply `command`. `reply` is there on the node that took the write, if its client still waits.
-    Apply { index: u64, term: u64, request: RequestId, command: Bytes, reply: Option<Reply<A>> },
+    /// Apply the writes of an entry. `replies` has one for each, which is there on the node that took that write, if its
+    /// client still waits.
+    Apply { index: u64, term: u64, writes: Writes, replies: Vec<Option<Reply<A>>> },
     /// An entry that carries nothing for the service; only the applied index moves.
     Skip { index: u64, term: u64 },
     /// All before it is applied: answer these reads.
@@ -256,7 +263,10 @@ pub enum Commit<A> {
 impl<A> fmt::Debug for Commit<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Commit::Apply { index, term, request, .. } => write!(f, "Apply({index}, term {term}, {request:?})"),
+            Commit::Apply { index, term, writes, .. } => {
+                let requests: Vec<RequestId> = writes.iter().map(|(request, _)| request).collect();
+                write!(f, "Apply({index}, term {term}, {requests:?})")
+            }
             Commit::Skip { index, term } => write!(f, "Skip({index}, term {term})"),
             Commit::Barrier { replies } => write!(f, "Barrier({} reads)", replies.len()),
             Commit::Snapshot { .. } => write!(f, "Snapshot"),
@@ -269,7 +279,7 @@ impl<A> Commit<A> {
     /// Bytes of command that wait in the channel with this commit.
     fn size_bytes(&self) -> usize {
         match self {
-            Commit::Apply { command, .. } => command.len(),
+            Commit::Apply { writes, .. } => writes.commands().len(),
             Commit::Skip { .. } | Commit::Barrier { .. } | Commit::Snapshot { .. } | Commit::Restore { .. } => 0,
         }
     }
@@ -348,7 +358,8 @@ mod tests {
     async fn the_backlog_counts_what_is_not_applied() {
         let (sender, mut receiver) = commits::<()>();
         let request = RequestId { node: 1, boot: 1, counter: 1 };
-        let apply = Commit::Apply { index: 2, term: 1, request, command: Bytes::from_static(b"12345"), reply: None };
+        let writes = Writes::one(request, Bytes::from_static(b"12345"));
+        let apply = Commit::Apply { index: 2, term: 1, writes, replies: vec![None] };
         sender.publish(vec![apply, Commit::Skip { index: 3, term: 1 }]).unwrap();
         assert_eq!(sender.backlog_bytes(), 5);
         let mut batch = Vec::new();

@@ -53,10 +53,18 @@ impl<'a> Command<'a> {
 
     /// Reads what [`Command::encode`] wrote, here or on another node.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, Unreadable> {
+        Self::check_format(bytes)?;
         match bytes.split_first() {
             Some((&FORMAT, body)) => codec().deserialize(body).map_err(|_| Unreadable::Malformed),
-            Some((&format, _)) if format > FORMAT => Err(Unreadable::NewerFormat(format)),
             Some(_) | None => Err(Unreadable::Malformed),
+        }
+    }
+
+    /// An error is a command of a newer version; whether it is well-formed otherwise is not looked at.
+    pub fn check_format(bytes: &[u8]) -> Result<(), Unreadable> {
+        match bytes.first() {
+            Some(&format) if format > FORMAT => Err(Unreadable::NewerFormat(format)),
+            Some(_) | None => Ok(()),
         }
     }
 }

@@ -20,8 +20,8 @@
 //! 2. [`kv`] checks limits, encodes a [`command`], and sends it up the propose channel ([`channel::Proposal`]) with a
 //!    place for the answer.
 //! 3. The [`node`] gives it a [`channel::RequestId`] and keeps the place for the answer as a ticket. If this member
-//!    leads, the command becomes a log entry; if not, it is forwarded to the leader, again and again if need be: the
-//!    store knows a repeat when it sees one.
+//!    leads, the command goes into a log entry, with others that came at the same time ([`channel::Writes`]); if not, it is
+//!    forwarded to the leader, again and again if need be: the store knows a repeat when it sees one.
 //! 4. The entry goes to the [`wal`] and, at the same time, through the [`transport`] to the others. Nothing in the node
 //!    waits for a disk or a peer: both report back as events.
 //! 5. When it is durable on a majority, raft calls it committed. On every member it goes down the commit channel

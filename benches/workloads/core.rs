@@ -2,8 +2,8 @@
 //! acknowledged by the others, committed. The others say yes at once and cost nothing.
 
 use bytes::Bytes;
-use raft::eraftpb::{HardState, Message, MessageType, SnapshotMetadata};
-use raftkv::channel::RequestId;
+use raft::eraftpb::{Entry, HardState, Message, MessageType, SnapshotMetadata};
+use raftkv::channel::{RequestId, Writes};
 use raftkv::node::FOUNDING;
 use raftkv::node::core::{Core, Start, Turn};
 
@@ -47,12 +47,12 @@ impl Leader {
         leader
     }
 
-    /// Returns how many entries were committed.
+    /// Returns how many writes were committed.
     fn write(&mut self, count: u64, command: &Bytes) -> u64 {
         self.proposals.clear();
         self.proposals.extend((self.proposed + 1..=self.proposed + count).map(|n| (request(n), command.clone())));
         self.proposed += count;
-        self.core.propose(&self.proposals).expect("it leads");
+        self.core.propose(Writes::pack(&self.proposals)).expect("it leads");
         let committed = self.settle();
         let at = self.core.position();
         if at.commit - self.compacted >= COMPACT_EVERY {
@@ -62,7 +62,7 @@ impl Leader {
         committed
     }
 
-    /// Turns until nothing is left to do. Returns how many entries were committed.
+    /// Turns until nothing is left to do. Returns how many writes were committed.
     fn settle(&mut self) -> u64 {
         let mut count = 0;
         loop {
@@ -70,13 +70,17 @@ impl Leader {
             if messages.is_empty() && writes.is_empty() && committed.is_empty() {
                 return count;
             }
-            count += committed.len() as u64;
+            count += committed.into_iter().map(count_writes).sum::<u64>();
             if let Some(last) = writes.last() {
                 self.core.persisted(last.number);
             }
             messages.iter().filter_map(consent).for_each(|message| self.core.step(message));
         }
     }
+}
+
+fn count_writes(entry: Entry) -> u64 {
+    Writes::read(entry.context, entry.data).map_or(0, |writes| writes.count() as u64)
 }
 
 fn snapshot((index, term): (u64, u64), voters: &[u64]) -> SnapshotMetadata {

@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use raftkv::channel::Writes;
 use raftkv::node::FOUNDING;
 use raftkv::store::{State, read_image, write_image};
 use raftkv::wal::snapshot::{Meta, Snapshots};
@@ -17,23 +18,37 @@ pub const APPLIED: u64 = 1000;
 
 const TERM: u64 = 1;
 
-/// Applies the next write, the first one after the founding being the first.
-fn apply_next(state: &mut State, command: &Bytes) {
-    let index = state.applied() + 1;
-    black_box(state.apply(index, TERM, request(index), command).expect("a command of this version"));
+/// Writes in one entry: as many as 64 clients at a leader make.
+const ENTRY_WRITES: usize = 25;
+
+/// Applies the next writes, entry by entry, the first one after the founding being the first.
+fn apply_next(state: &mut State, commands: &[Bytes]) {
+    for commands in commands.chunks(ENTRY_WRITES) {
+        let named = (state.revision()..).map(request).zip(commands.iter().cloned());
+        for writes in Writes::pack(&named.collect::<Vec<_>>()) {
+            let outcome = |outcome| {
+                black_box(outcome);
+            };
+            state.apply(state.applied() + 1, TERM, &writes, outcome).expect("commands of this version");
+        }
+    }
+}
+
+fn commands(count: u64) -> Vec<Bytes> {
+    (0..count).map(|n| command(n, KEYS)).collect()
 }
 
 fn filled() -> State {
     let mut state = State::founded(FOUNDING.0);
-    (0..KEYS).for_each(|n| apply_next(&mut state, &command(n, KEYS)));
+    apply_next(&mut state, &commands(KEYS));
     assert_eq!(state.len() as u64, KEYS, "each key was written once");
     state
 }
 
 pub fn apply() -> Run {
     let mut state = filled();
-    let commands: Vec<Bytes> = (0..APPLIED).map(|n| command(n, KEYS)).collect();
-    Box::new(move || commands.iter().for_each(|command| apply_next(&mut state, command)))
+    let commands = commands(APPLIED);
+    Box::new(move || apply_next(&mut state, &commands))
 }
 
 struct Files {

@@ -7,7 +7,7 @@ use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 
 use super::NONCE_BYTES;
 use super::core::{Core, FOUNDING};
-use crate::channel::{COMMAND_BYTES_MAX, RequestId};
+use crate::channel::{COMMAND_BYTES_MAX, RequestId, Writes};
 
 /// How far ahead of ours a term may be. It stops a damaged number from using up all terms there are; a member that was
 /// away for as many elections can only be replaced.
@@ -192,7 +192,8 @@ fn append(message: &Message, core: &Core) -> Result<(), Refusal> {
 }
 
 fn check_entry(entry: &Entry) -> Result<(), Refusal> {
-    if entry.data.len() > COMMAND_BYTES_MAX || ![0, NONCE_BYTES, RequestId::BYTES].contains(&entry.context.len()) {
+    let is_other = [0, NONCE_BYTES].contains(&entry.context.len()) && entry.data.len() <= COMMAND_BYTES_MAX;
+    if !is_other && Writes::read(entry.context.clone(), entry.data.clone()).is_none() {
         return Err(Refusal::Senseless("entry size"));
     }
     match entry.get_entry_type() {
@@ -298,7 +299,7 @@ mod tests {
     }
 
     prop_compose! {
-        fn any_entry()(index in number(), term in number(), kind in 0..4i32, context in 0..3usize, data in 0..2usize) -> Entry {
+        fn any_entry()(index in number(), term in number(), kind in 0..4i32, context in 0..6usize, data in 0..2usize) -> Entry {
             let mut entry = Entry { index, term, ..Entry::default() };
             entry.set_entry_type(if kind == 3 { EntryType::EntryConfChangeV2 } else { EntryType::EntryNormal });
             entry.context = vec![0; context * 12].into();

@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Bytes, BytesMut};
 use protobuf::Message as _;
 use raft::eraftpb::{
     ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, HardState, Message, MessageType, SnapshotMetadata,
@@ -17,7 +16,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::logger;
 use super::mirror::Mirror;
-use crate::channel::{Progress, Rejection, RequestId, Role};
+use crate::channel::{Progress, Rejection, RequestId, Role, Writes};
 
 /// Index and term of the synthetic snapshot that every founder starts from.
 pub const FOUNDING: (u64, u64) = (1, 1);
@@ -266,22 +265,20 @@ impl Core {
         }
     }
 
-    /// Appends one entry for each command, if this node leads: all of them or none. Returns term and index of the
+    /// Appends an entry for each of these, if this node leads: all of them or none. Returns term and index of the
     /// first. `NoLeader` means only that it is not for this node to say.
-    pub fn propose(&mut self, proposals: &[(RequestId, Bytes)]) -> Result<(u64, u64), Rejection> {
+    pub fn propose(&mut self, writes: Vec<Writes>) -> Result<(u64, u64), Rejection> {
         let raft = &self.raw.raft;
         if !self.is_leader() || raft.lead_transferee.is_some() {
             return Err(Rejection::NoLeader);
         }
         let first = (raft.term, raft.raft_log.last_index() + 1);
-        if proposals.is_empty() {
+        if writes.is_empty() {
             return Ok(first);
         }
-        // All of them lie in one allocation.
-        let mut contexts = BytesMut::with_capacity(proposals.len() * RequestId::BYTES);
-        let entries = proposals.iter().map(|(request, command)| {
-            contexts.extend_from_slice(&request.to_bytes());
-            Entry { data: command.clone(), context: contexts.split().freeze(), ..Entry::default() }
+        let entries = writes.into_iter().map(|writes| {
+            let (context, data) = writes.into_entry();
+            Entry { context, data, ..Entry::default() }
         });
         let mut message = Message { from: raft.id, entries: entries.collect(), ..Message::default() };
         message.set_msg_type(MessageType::MsgPropose);

@@ -17,7 +17,7 @@ use super::admit::{Refusal, admit};
 use super::core::{Core, FOUNDING, Start, Turn, Write};
 use super::members::{LoggedChange, Members, Verdict};
 use super::snapshots::{conf_state, metadata};
-use crate::channel::{Change, RequestId};
+use crate::channel::{Change, RequestId, Writes};
 use crate::cluster::{Introduction, Member, PeerUrl, URLS_MAX};
 use crate::wal::snapshot::Meta;
 
@@ -163,7 +163,7 @@ impl Machine {
                 let proposals: Vec<_> =
                     (0..which % 4).map(|_| (self.request(), Bytes::from_static(b"command"))).collect();
                 // Refused or not, it survives.
-                self.core.propose(&proposals).ok();
+                self.core.propose(Writes::pack(&proposals)).ok();
             }
             208..=215 => {
                 // Refused or not, it survives.

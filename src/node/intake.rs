@@ -5,14 +5,14 @@ use tokio::task::JoinError;
 use tracing::debug;
 
 use super::{BACKLOG_BYTES_MAX, EVENTS_PER_TURN, Forwarded, Node, WAL_QUEUE_BYTES_MAX, core};
-use crate::channel::{self, Failure, MemberStatus, NodeStatus, Proposal, Queues, Rejection, SnapshotStatus};
+use crate::channel::{self, Failure, MemberStatus, NodeStatus, Proposal, Queues, Rejection, SnapshotStatus, Writes};
 use crate::transport::{Position, ProposeError};
 use crate::wal::Room;
 
 /// Bytes of command proposed to raft, or forwarded, at once.
 const PROPOSAL_BYTES_MAX: usize = 1 << 20;
 
-/// What an entry takes in the log beside its command, and more.
+/// What a write takes in the log beside its command, and more.
 const ENTRY_OVERHEAD_BYTES: usize = 128;
 
 /// Forwarded proposals under way to the leader; what comes meanwhile waits and goes together.
@@ -95,9 +95,11 @@ impl<A: Send + 'static> Node<A> {
                 }
                 return;
             }
-            match self.core.propose(&commands) {
+            let entries = Writes::pack(&commands);
+            let count = entries.len() as u64;
+            match self.core.propose(entries) {
                 // Those that waited may all have been given up by now.
-                Ok((_, next)) => self.batches.went(next + commands.len() as u64 - 1),
+                Ok((_, first)) => self.batches.went(first + count - 1),
                 Err(Rejection::NoLeader) => {
                     self.pending.not_proposed(&batch);
                     self.propose_from = self.now + 1;

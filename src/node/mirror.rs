@@ -16,8 +16,8 @@ const SWEPT_MAX: usize = 2048;
 /// Entries for which [`Storage::entries`] has room at once, where so many are asked for: most turns have fewer.
 const TAKEN_MAX: usize = 512;
 
-/// What an entry takes in memory beside its command: itself, the room that the queue keeps for more, and its context.
-const ENTRY_BYTES: u64 = (size_of::<Entry>() + size_of::<Entry>() / 2 + 32) as u64;
+/// What an entry takes in memory beside its context and data: itself, and the room that the queue keeps for more.
+const ENTRY_BYTES: u64 = (size_of::<Entry>() + size_of::<Entry>() / 2) as u64;
 
 /// Entries behind a start that is known by its index and term only.
 #[derive(Debug)]
@@ -251,7 +251,7 @@ impl Storage for Mirror {
 
 /// What an entry takes in memory, as good as one can tell.
 pub fn entry_memory_bytes(entry: &Entry) -> u64 {
-    ENTRY_BYTES + entry.data.len() as u64
+    ENTRY_BYTES + (entry.context.len() + entry.data.len()) as u64
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ use self::snapshots::Snapshotting;
 pub use self::snapshots::{Policy, conf_state, metadata};
 use crate::blocking;
 use crate::channel::{
-    self, Commit, CommitSender, Leadership, Proposal, Rejection, Reply, RequestId, Role, ServiceGone,
+    self, Commit, CommitSender, Leadership, Proposal, Rejection, Reply, RequestId, Role, ServiceGone, Writes,
 };
 use crate::metrics::{Metrics, Reason};
 use crate::transport::{self, Meeting, Peers, Position, ProposeError};
@@ -507,7 +507,7 @@ impl<A: Send + 'static> Node<A> {
 fn commit<A>(
     entry: Entry,
     members: &mut Members,
-    ticket: impl FnOnce(RequestId) -> Option<Reply<A>>,
+    mut ticket: impl FnMut(RequestId) -> Option<Reply<A>>,
 ) -> Result<Commit<A>, Stopped> {
     let Entry { index, term, .. } = entry;
     match entry.get_entry_type() {
@@ -515,13 +515,15 @@ fn commit<A>(
         EntryType::EntryConfChangeV2 => return Ok(Commit::Skip { index, term }),
         EntryType::EntryConfChange => return Err(Stopped::NewerEntry { index }),
     }
-    if let Some(request) = RequestId::from_bytes(&entry.context) {
-        return Ok(Commit::Apply { index, term, request, command: entry.data, reply: ticket(request) });
-    }
     if let Ok(nonce) = <&[u8; NONCE_BYTES]>::try_from(&entry.context[..]) {
         let (member, nonce) = nonce.split_at(8);
         let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
         members.learn_nonce(number(member), number(nonce));
+        return Ok(Commit::Skip { index, term });
     }
-    Ok(Commit::Skip { index, term })
+    let Some(writes) = Writes::read(entry.context, entry.data) else {
+        return Ok(Commit::Skip { index, term });
+    };
+    let replies = writes.iter().map(|(request, _)| ticket(request)).collect();
+    Ok(Commit::Apply { index, term, writes, replies })
 }

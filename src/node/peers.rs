@@ -1,5 +1,7 @@
 //! What peers say, and what becomes of it: messages for raft, writes that they forward, their handshakes.
 
+use std::iter;
+
 use bytes::Bytes;
 use raft::eraftpb::{Message, MessageType};
 use tokio::sync::oneshot;
@@ -8,7 +10,7 @@ use tracing::{debug, warn};
 use super::admit::{Refusal, admit};
 use super::members::Acquaintance;
 use super::{Durable, Node, Stopped};
-use crate::channel::{self, COMMAND_BYTES_MAX, Rejection, RequestId};
+use crate::channel::{self, COMMAND_BYTES_MAX, Rejection, RequestId, Writes};
 use crate::cluster::Member;
 use crate::metrics::Reason;
 use crate::transport::{self, Meeting, Position};
@@ -117,7 +119,8 @@ impl<A: Send + 'static> Node<A> {
     }
 
     fn has_room_for(&mut self, append: &Message) -> bool {
-        append.entries.is_empty() || self.may_append(append.entries.iter().map(|entry| entry.data.len()))
+        append.entries.is_empty()
+            || self.may_append(append.entries.iter().map(|entry| entry.context.len() + entry.data.len()))
     }
 
     /// Another member's writes, if this one leads. What it appends comes back to that member as committed entries.
@@ -127,25 +130,36 @@ impl<A: Send + 'static> Node<A> {
         proposals: &[(RequestId, Bytes)],
         reply: oneshot::Sender<Vec<Result<Position, Rejection>>>,
     ) {
+        let outcomes = match self.append_foreign(from, proposals) {
+            Ok(positions) => positions.into_iter().map(Ok).collect(),
+            Err(rejection) => vec![Err(rejection); proposals.len()],
+        };
+        channel::answer(reply, outcomes);
+    }
+
+    /// Where each of them lies in the log then.
+    fn append_foreign(&mut self, from: u64, proposals: &[(RequestId, Bytes)]) -> Result<Vec<Position>, Rejection> {
         // What a member may not send, no member may find in the log: it could not be stored, or not be applied.
         let fits = |(request, command): &(RequestId, Bytes)| {
             request.node == from && command.len() <= COMMAND_BYTES_MAX && (self.ends.understands)(command)
         };
-        let outcome = if !proposals.iter().all(fits) {
+        if !proposals.iter().all(fits) {
             warn!(from, "forwarded commands refused: too large, in another's name, or of a newer version");
             self.count_refused("forwarded command");
-            Err(Rejection::NotUnderstood)
-        } else if let Some(rejection) = self.closed_to_writes() {
-            Err(rejection)
-        } else if !self.may_append(proposals.iter().map(|(_, command)| command.len())) {
-            Err(Rejection::Busy)
-        } else {
-            self.core.propose(proposals)
-        };
-        let positions = (0..proposals.len() as u64)
-            .map(|nth| outcome.map(|(term, first)| Position { term, index: first + nth }))
-            .collect();
-        channel::answer(reply, positions);
+            return Err(Rejection::NotUnderstood);
+        }
+        if let Some(rejection) = self.closed_to_writes() {
+            return Err(rejection);
+        }
+        if !self.may_append(proposals.iter().map(|(_, command)| command.len())) {
+            return Err(Rejection::Busy);
+        }
+        let entries = Writes::pack(proposals);
+        let counts: Vec<usize> = entries.iter().map(Writes::count).collect();
+        let (term, first) = self.core.propose(entries)?;
+        let positions =
+            (first..).zip(counts).flat_map(|(index, count)| iter::repeat_n(Position { term, index }, count));
+        Ok(positions.collect())
     }
 
     fn on_meet(&mut self, peer: u64, nonce: u64, reply: oneshot::Sender<Meeting>) {

@@ -182,7 +182,7 @@ mod tests {
 
     use super::super::core::Turn;
     use super::*;
-    use crate::channel::Change;
+    use crate::channel::{Change, Writes};
     use crate::cluster::PeerUrl;
     use crate::wal::disk_memory::MemoryDisk;
     use crate::wal::{Append, Options, Wal};
@@ -233,6 +233,11 @@ mod tests {
                 let mut entry = Entry { data: vec![0xff; 3].into(), ..Entry::default() };
                 entry.set_entry_type(EntryType::EntryConfChangeV2);
                 entry
+            }
+            6 => {
+                let write = (request, vec![kind; number as usize % 60].into());
+                let (context, data) = Writes::pack(&vec![write; 2 + number as usize % 3]).remove(0).into_entry();
+                Entry { context, data, ..Entry::default() }
             }
             _ => Entry {
                 data: vec![kind; number as usize % 60].into(),

@@ -33,7 +33,7 @@ fn apply(u: &mut Unstructured<'_>) -> Result<()> {
         let put = Command::Put { key: &bytes[..bytes.len().min(1)], value: bytes }.encode();
         let command = if node < 128 { put } else { Bytes::copy_from_slice(bytes) };
         let index = one.applied() + 1;
-        let outcomes = (one.apply(index, 1, request, &command), other.apply(index, 1, request, &command));
+        let outcomes = (one.apply_one(index, 1, request, &command), other.apply_one(index, 1, request, &command));
         assert_eq!(outcomes.0, outcomes.1);
         if outcomes.0.is_err() {
             break;

@@ -23,7 +23,7 @@ use crate::channel::{self, Applied, Commit, CommitReceiver, Failure, ReadReply, 
 use crate::command::Unreadable;
 use crate::metrics::Metrics;
 
-/// Commits applied under one lock.
+/// Writes applied under one lock, but for the last entry's.
 const SLICE: usize = 512;
 
 /// A read-only handle on the state. Cheap to clone.
@@ -85,9 +85,14 @@ impl Store {
                 if let Commit::Restore { index, image } = next {
                     self.restore(index, image).await?;
                 } else {
-                    let in_place = |commit: &Commit<Answer>| !matches!(commit, Commit::Restore { .. });
-                    let behind = std::iter::from_fn(|| commits.next_if(in_place));
-                    self.apply(std::iter::once(next).chain(behind).take(SLICE))?;
+                    let mut writes = count(&next);
+                    let mut in_slice = |commit: &Commit<Answer>| {
+                        let fits = !matches!(commit, Commit::Restore { .. }) && writes < SLICE;
+                        writes += count(commit);
+                        fits
+                    };
+                    let behind = std::iter::from_fn(|| commits.next_if(&mut in_slice));
+                    self.apply(std::iter::once(next).chain(behind))?;
                 }
                 // A long backlog comes in one batch: readers, and the other tasks of this thread, come in between.
                 if commits.peek().is_some() {
@@ -132,13 +137,14 @@ impl Store {
             match commit {
                 Commit::Skip { index, term } => state.skip(index, term),
                 Commit::Barrier { replies } => answers.push(Due::Reads(replies)),
-                Commit::Apply { index, term, request, command, reply } => {
-                    let outcome = state
-                        .apply(index, term, request, &command)
-                        .map_err(|source| Stopped::Apply { index, source })?;
-                    if let Some(reply) = reply {
-                        answers.push(Due::Write(reply, result(index, term, outcome)));
-                    }
+                Commit::Apply { index, term, writes, replies } => {
+                    let mut replies = replies.into_iter();
+                    let tell = |outcome| {
+                        if let Some(reply) = replies.next().flatten() {
+                            answers.push(Due::Write(reply, result(index, term, outcome)));
+                        }
+                    };
+                    state.apply(index, term, &writes, tell).map_err(|source| Stopped::Apply { index, source })?;
                 }
                 Commit::Snapshot { reply } => {
                     let state = state.clone();
@@ -157,6 +163,14 @@ impl Store {
         self.metrics.raft_applied_index.set(state.applied() as i64);
         self.metrics.store_keys.set(state.len() as i64);
         self.metrics.store_revision.set(state.revision() as i64);
+    }
+}
+
+/// How many writes a commit brings; one at least, for whatever it is takes its time.
+fn count(commit: &Commit<Answer>) -> usize {
+    match commit {
+        Commit::Apply { writes, .. } => writes.count(),
+        Commit::Skip { .. } | Commit::Barrier { .. } | Commit::Snapshot { .. } | Commit::Restore { .. } => 1,
     }
 }
 
@@ -194,12 +208,13 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
-    use crate::channel::{RequestId, commits};
+    use crate::channel::{RequestId, Writes, commits};
     use crate::command::Command;
 
     fn put(index: u64, key: &[u8], value: &[u8]) -> Commit<Answer> {
         let request = RequestId { node: 1, boot: 1, counter: index };
-        Commit::Apply { index, term: 1, request, command: Command::Put { key, value }.encode(), reply: None }
+        let writes = Writes::one(request, Command::Put { key, value }.encode());
+        Commit::Apply { index, term: 1, writes, replies: vec![None] }
     }
 
     /// A write is answered when a reader sees it, and a barrier behind it no earlier.
@@ -215,7 +230,7 @@ mod tests {
         let command: Bytes = Command::Put { key: b"k", value: b"v" }.encode();
         sender
             .publish(vec![
-                Commit::Apply { index: 2, term: 1, request, command, reply: Some(reply) },
+                Commit::Apply { index: 2, term: 1, writes: Writes::one(request, command), replies: vec![Some(reply)] },
                 Commit::Barrier { replies: vec![read_reply] },
             ])
             .unwrap();
@@ -224,6 +239,28 @@ mod tests {
         assert_eq!(written.await.unwrap(), Ok(Applied { index: 2, term: 1, answer: Answer::Put { revision: 2 } }));
         drop(sender);
         task.await.unwrap().unwrap();
+    }
+
+    /// Those that share an entry are told each its own revision, whoever of them waits.
+    #[tokio::test]
+    async fn every_write_of_an_entry_gets_its_own_answer() {
+        let store = Store::new(State::founded(1), Arc::new(Metrics::new()));
+        let (mut replies, mut answers) = (Vec::new(), Vec::new());
+        let mut writes = Vec::new();
+        for counter in 1..=5 {
+            let request = RequestId { node: 1, boot: 1, counter };
+            writes.push((request, Command::Put { key: b"k", value: b"v" }.encode()));
+            let (reply, answer) = oneshot::channel();
+            replies.push((counter != 3).then_some(reply));
+            answers.push(answer);
+        }
+        let writes = Writes::pack(&writes).remove(0);
+        store.apply([Commit::Apply { index: 2, term: 1, writes, replies }]).unwrap();
+        for (nth, answer) in (0..).zip(answers) {
+            let revision = 2 + nth;
+            let expected = Applied { index: 2, term: 1, answer: Answer::Put { revision } };
+            assert_eq!(answer.await.ok(), (nth != 2).then_some(Ok(expected)));
+        }
     }
 
     /// The image is that of its place in the log, whatever was written before it is; another store goes on from it.

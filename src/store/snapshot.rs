@@ -285,7 +285,7 @@ mod tests {
         let mut state = State::founded(1);
         for (n, (key, value)) in (1..).zip(writes) {
             let request = RequestId { node: 1 + n % 3, boot: 7, counter: n };
-            state.apply(2 * n, n, request, &Command::Put { key, value }.encode()).unwrap();
+            state.apply_one(2 * n, n, request, &Command::Put { key, value }.encode()).unwrap();
             state.skip(2 * n + 1, n);
         }
         state
@@ -315,7 +315,7 @@ mod tests {
     fn the_bytes_of_an_image_are_these() {
         let mut state = State::founded(1);
         let put = Command::Put { key: b"k", value: b"hi" }.encode();
-        state.apply(2, 3, RequestId { node: 1, boot: 7, counter: 5 }, &put).unwrap();
+        state.apply_one(2, 3, RequestId { node: 1, boot: 7, counter: 5 }, &put).unwrap();
         let mut image = image(&state);
         assert_eq!(read_image(&image[..]).unwrap(), state);
         let bits = image.drain(65 + 8..65 + WINDOW_SIZE / 8).collect::<Vec<u8>>();
@@ -394,7 +394,7 @@ mod tests {
         let mut state = state(&[(b"a".to_vec(), b"1".to_vec())]);
         let (view, before) = (state.clone(), image(&state));
         let later = Command::Put { key: b"a", value: b"2" }.encode();
-        state.apply(4, 9, RequestId { node: 1, boot: 8, counter: 1 }, &later).unwrap();
+        state.apply_one(4, 9, RequestId { node: 1, boot: 8, counter: 1 }, &later).unwrap();
         assert_eq!(image(&view), before);
         assert_ne!(image(&state), before);
     }
@@ -426,8 +426,8 @@ mod tests {
             let again = Command::Put { key: b"again", value: b"" }.encode();
             let request = RequestId { node: 2, boot: 7, counter: 1 };
             prop_assert_eq!(
-                original.apply(index, 99, request, &again).unwrap(),
-                restored.apply(index, 99, request, &again).unwrap()
+                original.apply_one(index, 99, request, &again).unwrap(),
+                restored.apply_one(index, 99, request, &again).unwrap()
             );
             prop_assert_eq!(restored, original);
         }

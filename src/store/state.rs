@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::keys::Keys;
 use super::value::KeyValue;
-use crate::channel::RequestId;
+use crate::channel::{RequestId, Writes};
 use crate::command::{Command, Unreadable};
 use crate::window::{Seen, Window};
 
@@ -52,26 +52,52 @@ impl State {
         State { keys: Keys::default(), revision: 1, applied, content_hash: 0, log_hash: 0, seen: BTreeMap::new() }
     }
 
-    /// Applies the command of the next entry. An error is a command of a newer version: the caller must stop.
-    pub fn apply(&mut self, index: u64, term: u64, request: RequestId, command: &Bytes) -> Result<Outcome, Unreadable> {
-        let parsed = match Command::decode(command) {
-            Err(Unreadable::NewerFormat(format)) => return Err(Unreadable::NewerFormat(format)),
-            other => other,
-        };
-        self.advance(index, term, command);
-        let Ok(parsed) = parsed else {
-            return Ok(Outcome::Malformed);
+    /// Applies the writes of the next entry, and tells what became of each, in order. An error is a command of a newer version:
+    /// nothing of the entry is applied, and the caller must stop.
+    pub fn apply(
+        &mut self,
+        index: u64,
+        term: u64,
+        writes: &Writes,
+        mut tell: impl FnMut(Outcome),
+    ) -> Result<(), Unreadable> {
+        writes.iter().try_for_each(|(_, command)| Command::check_format(command))?;
+        self.advance(index, term, writes.commands());
+        for (request, command) in writes.iter() {
+            tell(self.write(request, command, writes.commands()));
+        }
+        Ok(())
+    }
+
+    /// Applies an entry of one write.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn apply_one(
+        &mut self,
+        index: u64,
+        term: u64,
+        request: RequestId,
+        command: &Bytes,
+    ) -> Result<Outcome, Unreadable> {
+        let mut told = None;
+        self.apply(index, term, &Writes::one(request, command.clone()), |outcome| told = Some(outcome))?;
+        Ok(told.expect("each write has an outcome"))
+    }
+
+    /// `command` is a part of `whole`.
+    fn write(&mut self, request: RequestId, command: &[u8], whole: &Bytes) -> Outcome {
+        let Ok(parsed) = Command::decode(command) else {
+            return Outcome::Malformed;
         };
         match self.mark(request) {
-            Seen::Repeat => return Ok(Outcome::Repeat),
-            Seen::TooOld => return Ok(Outcome::TooOld),
+            Seen::Repeat => return Outcome::Repeat,
+            Seen::TooOld => return Outcome::TooOld,
             Seen::New => {}
         }
         self.revision += 1;
         match parsed {
-            Command::Put { key, value } => self.put(key, value, command),
+            Command::Put { key, value } => self.put(key, value, whole),
         }
-        Ok(Outcome::Applied(Answer::Put { revision: self.revision }))
+        Outcome::Applied(Answer::Put { revision: self.revision })
     }
 
     /// Passes an entry that carries nothing for the store.
@@ -127,8 +153,8 @@ impl State {
         window.mark(request.counter)
     }
 
-    pub(super) fn put(&mut self, key: &[u8], value: &[u8], command: &Bytes) {
-        let (old, new) = self.keys.put(key, value, command, self.revision);
+    pub(super) fn put(&mut self, key: &[u8], value: &[u8], whole: &Bytes) {
+        let (old, new) = self.keys.put(key, value, whole, self.revision);
         self.content_hash = self.content_hash.wrapping_sub(old).wrapping_add(new);
     }
 }
@@ -152,9 +178,18 @@ mod tests {
     fn revisions_follow_etcd() {
         let mut state = State::founded(1);
         state.skip(2, 1);
-        assert_eq!(state.apply(3, 1, request(1), &put("a", "1")), Ok(Outcome::Applied(Answer::Put { revision: 2 })));
-        assert_eq!(state.apply(4, 1, request(2), &put("b", "1")), Ok(Outcome::Applied(Answer::Put { revision: 3 })));
-        assert_eq!(state.apply(5, 1, request(3), &put("a", "2")), Ok(Outcome::Applied(Answer::Put { revision: 4 })));
+        assert_eq!(
+            state.apply_one(3, 1, request(1), &put("a", "1")),
+            Ok(Outcome::Applied(Answer::Put { revision: 2 }))
+        );
+        assert_eq!(
+            state.apply_one(4, 1, request(2), &put("b", "1")),
+            Ok(Outcome::Applied(Answer::Put { revision: 3 }))
+        );
+        assert_eq!(
+            state.apply_one(5, 1, request(3), &put("a", "2")),
+            Ok(Outcome::Applied(Answer::Put { revision: 4 }))
+        );
         let a = state.get(b"a").unwrap();
         assert_eq!((a.value(), a.revisions()), (&b"2"[..], Revisions { create: 2, modify: 4, version: 2 }));
         assert_eq!((state.applied(), state.revision(), state.len()), (5, 4, 2));
@@ -164,10 +199,10 @@ mod tests {
     #[test]
     fn a_repeated_proposal_is_applied_once() {
         let mut state = State::founded(1);
-        state.apply(2, 1, request(1), &put("a", "first")).unwrap();
-        state.apply(3, 1, request(2), &put("a", "second")).unwrap();
+        state.apply_one(2, 1, request(1), &put("a", "first")).unwrap();
+        state.apply_one(3, 1, request(2), &put("a", "second")).unwrap();
         let (revision, hash) = (state.revision(), state.content_hash());
-        assert_eq!(state.apply(4, 2, request(1), &put("a", "first")), Ok(Outcome::Repeat));
+        assert_eq!(state.apply_one(4, 2, request(1), &put("a", "first")), Ok(Outcome::Repeat));
         assert_eq!((state.revision(), state.content_hash(), state.applied()), (revision, hash, 4));
     }
 
@@ -175,18 +210,41 @@ mod tests {
     #[test]
     fn an_older_boot_is_refused() {
         let mut state = State::founded(1);
-        state.apply(2, 1, RequestId { node: 1, boot: 8, counter: 1 }, &put("a", "new")).unwrap();
+        state.apply_one(2, 1, RequestId { node: 1, boot: 8, counter: 1 }, &put("a", "new")).unwrap();
         let late = RequestId { node: 1, boot: 7, counter: 9 };
-        assert_eq!(state.apply(3, 1, late, &put("a", "old")), Ok(Outcome::TooOld));
+        assert_eq!(state.apply_one(3, 1, late, &put("a", "old")), Ok(Outcome::TooOld));
         let other = RequestId { node: 2, boot: 7, counter: 9 };
-        assert!(matches!(state.apply(4, 1, other, &put("a", "other")), Ok(Outcome::Applied(_))));
+        assert!(matches!(state.apply_one(4, 1, other, &put("a", "other")), Ok(Outcome::Applied(_))));
+    }
+
+    #[test]
+    fn writes_of_one_entry_are_applied_in_order() {
+        let mut state = State::founded(1);
+        let writes = [(1, put("a", "1")), (2, put("b", "2")), (1, put("a", "1")), (3, put("a", "3"))];
+        let writes = Writes::pack(&writes.map(|(counter, command)| (request(counter), command))).remove(0);
+        let mut outcomes = Vec::new();
+        state.apply(2, 1, &writes, |outcome| outcomes.push(outcome)).unwrap();
+        let written = |revision| Outcome::Applied(Answer::Put { revision });
+        assert_eq!(outcomes, [written(2), written(3), Outcome::Repeat, written(4)]);
+        assert_eq!((state.get(b"a").unwrap().value(), state.applied(), state.revision()), (&b"3"[..], 2, 4));
+    }
+
+    /// What is not understood is not applied in part.
+    #[test]
+    fn a_newer_format_anywhere_in_an_entry_stops_before_it() {
+        let mut state = State::founded(1);
+        let writes = [(request(1), put("a", "1")), (request(2), Bytes::from_static(&[9]))];
+        let writes = Writes::pack(&writes).remove(0);
+        let told = |_| panic!("no outcome");
+        assert_eq!(state.apply(2, 1, &writes, told), Err(Unreadable::NewerFormat(9)));
+        assert_eq!(state, State::founded(1));
     }
 
     #[test]
     fn damage_is_skipped_and_a_newer_format_stops() {
         let mut state = State::founded(1);
-        assert_eq!(state.apply(2, 1, request(1), &Bytes::from_static(&[1, 9])), Ok(Outcome::Malformed));
-        assert_eq!(state.apply(3, 1, request(2), &Bytes::from_static(&[9])), Err(Unreadable::NewerFormat(9)));
+        assert_eq!(state.apply_one(2, 1, request(1), &Bytes::from_static(&[1, 9])), Ok(Outcome::Malformed));
+        assert_eq!(state.apply_one(3, 1, request(2), &Bytes::from_static(&[9])), Err(Unreadable::NewerFormat(9)));
         assert_eq!(state.applied(), 2, "what is not understood is not passed");
     }
 
@@ -196,7 +254,7 @@ mod tests {
         fn the_content_hash_is_that_of_the_content(writes in prop::collection::vec((0..5u8, any::<u8>()), 1..60)) {
             let mut state = State::founded(1);
             for (n, (key, value)) in (1..).zip(&writes) {
-                state.apply(n + 1, 1, request(n), &Command::Put { key: &[*key], value: &[*value] }.encode()).unwrap();
+                state.apply_one(n + 1, 1, request(n), &Command::Put { key: &[*key], value: &[*value] }.encode()).unwrap();
             }
             let anew = state.keys.iter().map(|(key, (revisions, value))| hash(key, value, revisions));
             prop_assert_eq!(state.content_hash(), anew.fold(0, u64::wrapping_add));

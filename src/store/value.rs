@@ -10,9 +10,14 @@ use integer_encoding::VarInt;
 use triomphe::ThinArc;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::channel::SHARED_COMMAND_BYTES_MAX;
+
 /// The largest value that is copied out of its log entry, in bytes. As a slice of it, a small value would keep all of the entry in
 /// memory, for as long as nobody writes the key again; a large one is not worth a copy.
 pub(super) const SMALL_BYTES_MAX: usize = 4 << 10;
+
+// A large value has its entry to itself, or it would keep others' writes in memory.
+const _: () = assert!(SHARED_COMMAND_BYTES_MAX <= SMALL_BYTES_MAX);
 
 /// What [`in_one_piece`] takes from the stack.
 const STACK_BYTES_MAX: usize = 512;

@@ -18,6 +18,9 @@ pub const FRAME_ALIGN: usize = 8;
 const RECORD_HEADER_BYTES: usize = 5;
 /// Term u64, index u64, type u8, context length u32, data length u32.
 const ENTRY_FIXED_BYTES: usize = 25;
+/// A normal entry with a longer context than this has a type of its own here: it holds several writes, and versions that do
+/// not know of that must not pass it over.
+const LONE_CONTEXT_BYTES_MAX: usize = 24;
 
 const FOUNDING: u8 = 1;
 const ENTRY: u8 = 2;
@@ -148,6 +151,7 @@ pub fn put_entry(out: &mut Vec<u8>, entry: &Entry) {
     put_u64(out, entry.term);
     put_u64(out, entry.index);
     out.push(match entry.entry_type {
+        EntryType::EntryNormal if entry.context.len() > LONE_CONTEXT_BYTES_MAX => 3,
         EntryType::EntryNormal => 0,
         EntryType::EntryConfChange => 1,
         EntryType::EntryConfChangeV2 => 2,
@@ -256,13 +260,17 @@ impl<'a> Reader<'a> {
         let mut entry = Entry::new();
         entry.term = self.u64()?;
         entry.index = self.u64()?;
-        entry.entry_type = match self.u8()? {
-            0 => EntryType::EntryNormal,
+        let kind = self.u8()?;
+        entry.entry_type = match kind {
+            0 | 3 => EntryType::EntryNormal,
             1 => EntryType::EntryConfChange,
             2 => EntryType::EntryConfChangeV2,
             _ => return Err(Malformed("an entry of a type that this version does not know")),
         };
         let (context, data) = (self.len()?, self.len()?);
+        if entry.entry_type == EntryType::EntryNormal && (kind == 3) != (context > LONE_CONTEXT_BYTES_MAX) {
+            return Err(Malformed("an entry whose context does not fit its type"));
+        }
         let mut both = Bytes::copy_from_slice(self.take(context + data)?);
         entry.context = both.split_to(context);
         entry.data = both;
@@ -424,6 +432,20 @@ mod tests {
         "00000200000000000000090000000000",
         "0000000000000000",
     ];
+
+    /// A version that knows no shared entries refuses the type, and this one what does not fit it.
+    #[test]
+    fn an_entry_of_several_writes_has_a_type_of_its_own() {
+        const KIND_AT: usize = RECORD_HEADER_BYTES + 16;
+        for (context, kind) in [(0, 0), (24, 0), (25, 3), (56, 3)] {
+            let mut payload = Vec::new();
+            put_entry(&mut payload, &entry(2, 3, 0, vec![0; context], b"data".to_vec()));
+            assert_eq!(payload[KIND_AT], kind, "{context} bytes of context");
+            assert!(records(&payload).all(|record| record.is_ok()));
+            payload[KIND_AT] = 3 - kind;
+            assert!(records(&payload).any(|record| record.is_err()), "{context} bytes of context");
+        }
+    }
 
     #[test]
     fn an_unknown_record_is_refused_not_skipped() {

@@ -33,7 +33,7 @@ pub struct Oracle {
     reference: Reference,
     /// Values of writes that the client was told would never be applied, and of those committed.
     rejected: HashSet<Bytes>,
-    applied: HashMap<Bytes, u64>,
+    applied: HashMap<Bytes, Written>,
     /// Changes of the membership that left a leader, by index and term.
     changes: HashMap<(u64, u64), ConfChangeV2>,
     voters: BTreeSet<u64>,
@@ -232,7 +232,7 @@ impl Oracle {
     /// A node publishes: state machine safety, in order and without a gap. `term` is the one that it knows of.
     pub fn committed<A>(&mut self, host: u64, term: u64, commit: &Commit<A>) {
         let (index, entry_term, what) = match commit {
-            Commit::Apply { index, term, request, command, .. } => (*index, *term, Some((*request, command))),
+            Commit::Apply { index, term, writes, .. } => (*index, *term, Some(writes)),
             Commit::Skip { index, term } => (*index, *term, None),
             Commit::Restore { index, .. } => {
                 let next = self.next[&host];
@@ -245,11 +245,14 @@ impl Oracle {
         };
         let next = self.next.insert(host, index + 1).expect("it started");
         self.expect(index == next, || format!("host {host} publishes entry {index} instead of {next}"));
-        let hash = what.map_or(0, |(request, command)| hash(&request.to_bytes(), command));
+        let hash = what.map_or(0, |writes| {
+            let (context, data) = writes.clone().into_entry();
+            hash(&context, &data)
+        });
         if index > self.last() {
             self.expect(index == self.last() + 1, || format!("entry {index} is committed before {}", index - 1));
-            if let Some((request, command)) = what {
-                self.apply(index, request, command);
+            for (request, command) in what.iter().flat_map(|writes| writes.iter()) {
+                self.apply((index, entry_term), request, &Bytes::copy_from_slice(command));
             }
             let revision = self.reference.revision();
             self.committed.push(Committed { term: entry_term, known_in: term.max(entry_term), hash, revision });
@@ -329,13 +332,14 @@ impl Oracle {
         FOUNDING_INDEX + self.committed.len() as u64
     }
 
-    fn apply(&mut self, index: u64, request: RequestId, command: &Bytes) {
+    fn apply(&mut self, (index, term): (u64, u64), request: RequestId, command: &Bytes) {
         let Some(value) = self.reference.apply(request, command) else { return };
         self.expect(!self.rejected.contains(&value), || {
             format!("entry {index} writes {:?}, and its client was told that it is not applied", text(&value))
         });
-        let before = self.applied.insert(value.clone(), index);
-        self.expect(before.is_none(), || format!("{:?} is applied at {before:?} and again at {index}", text(&value)));
+        let written = Written { index, term, revision: self.reference.revision() };
+        let before = self.applied.insert(value.clone(), written);
+        self.expect(before.is_none(), || format!("{:?} is applied as {before:?} and as {written:?}", text(&value)));
     }
 
     /// A state after a batch: equal to all others at that index, and no write more or fewer than there should be.
@@ -364,13 +368,9 @@ impl Oracle {
 
     /// A client was told that its write is done.
     pub fn acknowledged(&mut self, value: &Bytes, written: Written) {
-        let at = self.applied.get(value).copied();
-        self.expect(at == Some(written.index), || {
-            format!("{:?} is acknowledged at {}, but applied at {at:?}", text(value), written.index)
-        });
-        let revision = self.at(written.index).map(|committed| committed.revision);
-        self.expect(revision == Some(written.revision), || {
-            format!("{:?} is acknowledged as revision {}, and is {revision:?}", text(value), written.revision)
+        let applied = self.applied.get(value).copied();
+        self.expect(applied == Some(written), || {
+            format!("{:?} is acknowledged as {written:?}, and is applied as {applied:?}", text(value))
         });
     }
 

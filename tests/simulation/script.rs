@@ -573,5 +573,5 @@ fn a_script_that_is_wrong_is_told_apart() {
     assert!(refused("> cluster 1\n> put 1 a one\n").contains("the last command must be: agree"));
     assert!(refused("> cluster 1\n> teleport 1\n> agree\n").contains("no such command"));
     // Values tell who wrote them: the oracle finds the second of a kind.
-    assert!(refused("> cluster 1\n> put 1 a one\n> put 1 b one\n> agree\n").contains("applied at"));
+    assert!(refused("> cluster 1\n> put 1 a one\n> put 1 b one\n> agree\n").contains("is applied as"));
 }

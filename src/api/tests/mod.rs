@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Api, Limits};
 use crate::channel::{
     self, Change, ChangeFailure, Commit, CommitSender, Failure, Leadership, NodeStatus, Proposal, Queues, Rejection,
-    RequestId, Role, SnapshotStatus,
+    RequestId, Role, SnapshotStatus, Writes,
 };
 use crate::cluster::Member;
 use crate::kv::Service;
@@ -132,8 +132,8 @@ impl Node {
             (Proposal::Write { command, reply }, _) => {
                 self.index += 1;
                 let request = RequestId { node: 1, boot: 1, counter: self.index };
-                let (index, reply) = (self.index, Some(reply));
-                self.commits.publish(vec![Commit::Apply { index, term: 3, request, command, reply }]).unwrap();
+                let (index, writes, replies) = (self.index, Writes::one(request, command), vec![Some(reply)]);
+                self.commits.publish(vec![Commit::Apply { index, term: 3, writes, replies }]).unwrap();
             }
             (Proposal::Read { reply }, _) => {
                 self.commits.publish(vec![Commit::Barrier { replies: vec![reply] }]).unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
@@ -105,7 +106,7 @@ impl World {
             210..=234 => {
                 self.proposed += 1;
                 let proposal = (request(self.proposed), Bytes::from(self.proposed.to_string()));
-                self.machine(id).core.propose(&[proposal]).ok();
+                self.machine(id).core.propose(Writes::pack(&[proposal])).ok();
             }
             235..=237 => self.machine(id).core.campaign(),
             238..=239 => self.crash(id),
@@ -227,7 +228,7 @@ proptest! {
         prop_assert_eq!(leaders.len(), 1, "one leader in the end");
         world.proposed += 1;
         let last = request(world.proposed);
-        world.machine(leaders[0]).core.propose(&[(last, Bytes::from_static(b"last"))]).unwrap();
+        world.machine(leaders[0]).core.propose(Writes::pack(&[(last, Bytes::from_static(b"last"))])).unwrap();
         world.settle();
         let histories: BTreeSet<Vec<u64>> =
             world.machines.values().map(|machine| machine.committed.iter().map(|entry| entry.term).collect()).collect();
@@ -352,7 +353,7 @@ fn a_leader_sends_entries_before_its_own_sync() {
     world.settle_votes(1);
     let core = &mut world.machine(1).core;
     assert!(core.is_leader());
-    core.propose(&[(request(1), Bytes::from_static(b"x"))]).unwrap();
+    core.propose(Writes::pack(&[(request(1), Bytes::from_static(b"x"))])).unwrap();
     let turn = core.turn();
     assert_eq!(turn.writes.len(), 1);
     assert!(turn.messages.iter().any(|message| message.get_msg_type() == MessageType::MsgAppend));

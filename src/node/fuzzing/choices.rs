@@ -6,7 +6,7 @@ use protobuf::Message as _;
 use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, Entry, EntryType, Message, MessageType};
 
 use super::{ID, LoggedChange, Machine, NONCE_BYTES};
-use crate::channel::{Change, RequestId};
+use crate::channel::{Change, RequestId, Writes};
 use crate::cluster::{Member, PeerUrl};
 
 /// A message that is nearly right, for most of those that are far from it end in the first checks.
@@ -105,6 +105,11 @@ fn any_entry(u: &mut Unstructured<'_>, index: &mut u64, term: &mut u64, term_max
             entry.data = Bytes::copy_from_slice(u.bytes(usize::from(len).min(u.len()))?);
         }
         3 => entry.context = vec![what; NONCE_BYTES].into(),
+        4 => {
+            let write = (RequestId { node: 2, boot: 1, counter: *index }, Bytes::from_static(b"command"));
+            let writes = Writes::pack(&vec![write; 2 + usize::from(what % 4)]).remove(0);
+            (entry.context, entry.data) = writes.into_entry();
+        }
         _ => {
             entry.context = RequestId { node: 2, boot: 1, counter: *index }.to_bytes().to_vec().into();
             entry.data = vec![what; usize::from(what)].into();
