@@ -162,7 +162,7 @@ struct Flags {
     #[arg(value_parser = value(|text| bytes(text, WAL_SEGMENT_BYTES_MIN..=WAL_SEGMENT_BYTES_MAX)))]
     wal_segment_bytes: u64,
 
-    /// Entries since the last snapshot that make one due
+    /// Entries since the last snapshot that make one due; one of several writes counts as so many
     #[arg(long, env = "RAFTKV_SNAPSHOT_COUNT", value_name = "ENTRIES", default_value = "10000")]
     #[arg(help_heading = "Snapshots", hide_env_values = true, value_parser = value(|text| number(text, 1..=u64::MAX)))]
     snapshot_count: u64,

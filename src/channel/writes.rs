@@ -78,7 +78,17 @@ impl Writes {
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        (self.context.len() / NAME_BYTES).max(1)
+        Writes::count_in(&self.context)
+    }
+
+    /// How many writes an entry with this context holds. An entry of another kind counts for one.
+    pub fn count_in(context: &[u8]) -> usize {
+        (context.len() / NAME_BYTES).max(1)
+    }
+
+    /// The context of their entry.
+    pub fn names(&self) -> &Bytes {
+        &self.context
     }
 
     /// Each write's name and command.

@@ -326,10 +326,10 @@ impl Core {
         self.raw.store().memory_bytes()
     }
 
-    /// Forgets entries, the oldest first, none above `index`, until no more than `bytes` of memory are taken. What is
-    /// forgotten is applied.
-    pub fn shrink(&mut self, index: u64, bytes: u64) {
-        self.raw.mut_store().shrink(index, bytes);
+    /// Forgets entries, the oldest first, none above `index` and none of the last `writes`, until no more than `bytes` of
+    /// memory are taken. What is forgotten is applied.
+    pub fn shrink(&mut self, index: u64, writes: u64, bytes: u64) {
+        self.raw.mut_store().shrink(index, writes, bytes);
     }
 
     /// Bytes of entries that were appended to the log since the start.
@@ -337,10 +337,10 @@ impl Core {
         self.raw.store().appended_bytes()
     }
 
-    /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than `bytes` of
-    /// command.
-    pub fn reach_back(&self, index: u64, from: u64, bytes: u64) -> u64 {
-        self.raw.store().reach_back(index, from, bytes)
+    /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than so many writes, and take
+    /// no more than so many bytes in the log.
+    pub fn reach_back(&self, index: u64, from: u64, writes: u64, bytes: u64) -> u64 {
+        self.raw.store().reach_back(index, from, writes, bytes)
     }
 
     /// Up to where a follower's log goes, or the snapshot that it is being sent; only at the leader.

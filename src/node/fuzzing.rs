@@ -162,8 +162,10 @@ impl Machine {
             200..=207 => {
                 let proposals: Vec<_> =
                     (0..which % 4).map(|_| (self.request(), Bytes::from_static(b"command"))).collect();
+                let alone = proposals.iter().map(|(request, command)| Writes::one(*request, command.clone()));
+                let entries = if which < 204 { alone.collect() } else { Writes::pack(&proposals) };
                 // Refused or not, it survives.
-                self.core.propose(Writes::pack(&proposals)).ok();
+                self.core.propose(entries).ok();
             }
             208..=215 => {
                 // Refused or not, it survives.

@@ -34,7 +34,7 @@ impl<A: Send + 'static> Node<A> {
         }
     }
 
-    /// Whether entries with commands of these sizes find room in the log, with some left for terms and votes; if so, it
+    /// Whether writes with commands of these sizes, or entries of these sizes, find room in the log, with some left for terms and votes; if so, it
     /// is theirs. What went in without it could be what stops the node on a full disk.
     pub(super) fn may_append(&mut self, sizes: impl Iterator<Item = usize>) -> bool {
         let bytes: u64 = sizes.map(|size| (size + ENTRY_OVERHEAD_BYTES) as u64).sum();

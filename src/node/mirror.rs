@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::{Error, GetEntriesContext, RaftState, Result, Storage, StorageError};
 
+use crate::channel::Writes;
 use crate::wal::record::entry_bytes;
 
 /// Entries that [`Mirror::sweep`] frees at once, if no more than half as many were appended: to free all that a snapshot
@@ -29,8 +30,9 @@ pub struct Mirror {
     forgotten: usize,
     /// Appended since the last sweep.
     unswept: usize,
-    /// What those take that are not forgotten.
+    /// What those take that are not forgotten, and how many writes they hold.
     memory_bytes: u64,
+    writes: u64,
     /// Bytes that all that were appended since the start take in the log.
     appended_bytes: u64,
     hard_state: HardState,
@@ -48,6 +50,7 @@ impl Mirror {
         Mirror {
             start,
             memory_bytes: entries.iter().map(entry_memory_bytes).sum(),
+            writes: entries.iter().map(entry_writes).sum(),
             entries: entries.into(),
             forgotten: 0,
             unswept: 0,
@@ -68,8 +71,10 @@ impl Mirror {
         assert!(self.start.0 < first && first <= next, "append at {first} to a log of {:?}..{next}", self.start);
         let kept = self.place(first);
         self.memory_bytes -= self.entries.range(kept..).map(entry_memory_bytes).sum::<u64>();
+        self.writes -= self.entries.range(kept..).map(entry_writes).sum::<u64>();
         self.entries.truncate(kept);
         self.memory_bytes += entries.iter().map(entry_memory_bytes).sum::<u64>();
+        self.writes += entries.iter().map(entry_writes).sum::<u64>();
         self.unswept += entries.len();
         self.appended_bytes += entries.iter().map(|entry| entry_bytes(entry) as u64).sum::<u64>();
         self.entries.extend(entries);
@@ -77,14 +82,19 @@ impl Mirror {
 
     /// Forgets the entries up to `index`. Their memory is freed by [`Mirror::sweep`].
     pub fn compact(&mut self, index: u64) {
-        self.shrink(index, 0);
+        self.shrink(index, 0, 0);
     }
 
-    /// Forgets entries, the oldest first, none above `index`, until no more than `bytes` of memory are taken.
-    pub fn shrink(&mut self, index: u64, bytes: u64) {
+    /// Forgets entries, the oldest first, none above `index` and none of the last `writes`, until no more than `bytes` of
+    /// memory are taken.
+    pub fn shrink(&mut self, index: u64, writes: u64, bytes: u64) {
         while self.memory_bytes > bytes && self.start.0 < index {
             let oldest = &self.entries[self.forgotten];
+            if self.writes - entry_writes(oldest) < writes {
+                return;
+            }
             self.memory_bytes -= entry_memory_bytes(oldest);
+            self.writes -= entry_writes(oldest);
             self.start = (oldest.index, oldest.term);
             self.forgotten += 1;
         }
@@ -100,7 +110,7 @@ impl Mirror {
     /// Starts anew behind a snapshot that was received.
     pub fn restore(&mut self, snapshot: &SnapshotMetadata) {
         self.start = (snapshot.index, snapshot.term);
-        (self.forgotten, self.memory_bytes) = (self.entries.len(), 0);
+        (self.forgotten, self.memory_bytes, self.writes) = (self.entries.len(), 0, 0);
         self.conf_state = snapshot.get_conf_state().clone();
         self.snapshot = Some(snapshot.clone());
     }
@@ -132,17 +142,19 @@ impl Mirror {
         self.start.0
     }
 
-    /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than `bytes`.
-    pub fn reach_back(&self, index: u64, from: u64, bytes: u64) -> u64 {
+    /// The lowest index, but none below `from`, behind which the entries up to `index` hold no more than so many writes, and take
+    /// no more than so many bytes in the log.
+    pub fn reach_back(&self, index: u64, from: u64, writes: u64, bytes: u64) -> u64 {
         let index = index.min(self.last());
         if index <= self.start.0.max(from) {
             return index;
         }
         let from = from.max(self.start.0);
-        let mut sum = 0;
+        let (mut held, mut taken) = (0, 0);
         let fits = |entry: &&Entry| {
-            sum += entry.data.len() as u64;
-            sum <= bytes
+            held += entry_writes(entry);
+            taken += entry_bytes(entry) as u64;
+            held <= writes && taken <= bytes
         };
         let behind = self.entries.range(self.place(from + 1)..self.place(index + 1));
         index - behind.rev().take_while(fits).count() as u64
@@ -254,11 +266,17 @@ pub fn entry_memory_bytes(entry: &Entry) -> u64 {
     ENTRY_BYTES + (entry.context.len() + entry.data.len()) as u64
 }
 
+/// How many writes it holds; one of another kind counts for one.
+pub fn entry_writes(entry: &Entry) -> u64 {
+    Writes::count_in(&entry.context) as u64
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::channel::RequestId;
 
     fn entry(index: u64, term: u64) -> Entry {
         Entry { index, term, data: vec![7; 100].into(), ..Entry::default() }
@@ -285,11 +303,10 @@ mod tests {
         assert_eq!((mirror.first_index().unwrap(), mirror.last_index().unwrap()), (4, 4));
         assert_eq!((mirror.term(3).unwrap(), mirror.term(2).is_err()), (2, true));
         mirror.append(vec![entry(5, 2), entry(6, 2)]);
-        assert_eq!((mirror.reach_back(6, 0, 250), mirror.reach_back(5, 0, 250), mirror.reach_back(6, 0, 0)), (4, 3, 6));
-        assert_eq!(
-            (mirror.reach_back(6, 5, 250), mirror.reach_back(9, 8, 250), mirror.reach_back(2, 0, 250)),
-            (5, 6, 2)
-        );
+        let (many, two) = (u64::MAX, 2 * entry_bytes(&entry(2, 1)) as u64);
+        let reach_back = |index, from, bytes| mirror.reach_back(index, from, many, bytes);
+        assert_eq!((reach_back(6, 0, two), reach_back(5, 0, two), reach_back(6, 0, two - 1)), (4, 3, 5));
+        assert_eq!((reach_back(6, 5, two), reach_back(9, 8, two), reach_back(2, 0, two)), (5, 6, 2));
         assert_eq!(mirror.appended_bytes(), 2 * entry_bytes(&entry(2, 1)) as u64);
     }
 
@@ -314,7 +331,7 @@ mod tests {
                 swept.sweep();
                 let answers = |mirror: &Mirror| {
                     let all = mirror.entries(mirror.start() + 1, mirror.last() + 1, None, GetEntriesContext::empty(false));
-                    (mirror.start(), mirror.memory_bytes(), all, mirror.term(index), mirror.reach_back(index, 0, 500))
+                    (mirror.start(), mirror.memory_bytes(), all, mirror.term(index), mirror.reach_back(index, 0, 4, 500))
                 };
                 prop_assert_eq!(answers(&swept), answers(&plain));
             }
@@ -329,13 +346,35 @@ mod tests {
     fn the_oldest_are_forgotten_where_memory_is_short() {
         let mut mirror = mirror((2..12).map(|index| entry(index, 1)).collect());
         let one = mirror.memory_bytes() / 10;
-        mirror.shrink(11, 7 * one);
+        mirror.shrink(11, 0, 7 * one);
         assert_eq!((mirror.start(), mirror.memory_bytes()), (4, 7 * one));
-        mirror.shrink(5, one);
+        mirror.shrink(5, 0, one);
         assert_eq!((mirror.start(), mirror.memory_bytes()), (5, 6 * one), "none above the index");
-        mirror.shrink(3, 0);
+        mirror.shrink(3, 0, 0);
         mirror.append(vec![entry(9, 2)]);
         assert_eq!((mirror.start(), mirror.memory_bytes()), (5, 4 * one));
+    }
+
+    /// What is kept for slow followers is counted in writes, however many of them share an entry.
+    #[test]
+    fn an_entry_of_many_writes_counts_as_many() {
+        let shared = |index, count| {
+            let writes = vec![(RequestId { node: 1, boot: 1, counter: index }, vec![7; 10].into()); count];
+            let (context, data) = Writes::pack(&writes).remove(0).into_entry();
+            Entry { index, term: 1, context, data, ..Entry::default() }
+        };
+        let mut mirror = mirror(vec![shared(2, 5), shared(3, 1), shared(4, 3), entry(5, 1)]);
+        let reach_back = |writes| mirror.reach_back(5, 0, writes, u64::MAX);
+        assert_eq!([0, 1, 3, 4, 5, 9, 10].map(reach_back), [5, 4, 4, 3, 2, 2, 1]);
+        mirror.shrink(5, 6, 0);
+        assert_eq!(mirror.start(), 1, "that would leave five");
+        mirror.shrink(5, 5, 0);
+        assert_eq!(mirror.start(), 2);
+        mirror.append(vec![entry(4, 2)]);
+        mirror.shrink(4, 2, 0);
+        assert_eq!(mirror.start(), 2, "two are left");
+        mirror.shrink(4, 1, 0);
+        assert_eq!(mirror.start(), 3);
     }
 
     /// A snapshot that lacks its receiver is ignored there in silence, and the leader would wait for ever.

@@ -393,6 +393,7 @@ impl<A: Send + 'static> Node<A> {
                 self.changes.passed_over();
             }
             self.published = entry.index;
+            self.snapshotting.published_writes += Writes::count_in(&entry.context) as u64;
             commits.push(commit(entry, &mut self.members, |request| self.pending.committed(request))?);
         }
         for read in reads {
@@ -521,9 +522,11 @@ fn commit<A>(
         members.learn_nonce(number(member), number(nonce));
         return Ok(Commit::Skip { index, term });
     }
-    let Some(writes) = Writes::read(entry.context, entry.data) else {
+    if entry.context.is_empty() {
         return Ok(Commit::Skip { index, term });
-    };
+    }
+    // To pass over what another version would apply would split the replicas.
+    let writes = Writes::read(entry.context, entry.data).ok_or(Stopped::NewerEntry { index })?;
     let replies = writes.iter().map(|(request, _)| ticket(request)).collect();
     Ok(Commit::Apply { index, term, writes, replies })
 }

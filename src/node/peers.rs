@@ -157,9 +157,7 @@ impl<A: Send + 'static> Node<A> {
         let entries = Writes::pack(proposals);
         let counts: Vec<usize> = entries.iter().map(Writes::count).collect();
         let (term, first) = self.core.propose(entries)?;
-        let positions =
-            (first..).zip(counts).flat_map(|(index, count)| iter::repeat_n(Position { term, index }, count));
-        Ok(positions.collect())
+        Ok(positions(term, first, counts))
     }
 
     fn on_meet(&mut self, peer: u64, nonce: u64, reply: oneshot::Sender<Meeting>) {
@@ -182,5 +180,21 @@ impl<A: Send + 'static> Node<A> {
             Acquaintance::Stranger if self.core.is_leader() => channel::answer(reply, Meeting::NotAMember),
             Acquaintance::Stranger => channel::answer(reply, Meeting::Known),
         }
+    }
+}
+
+/// Where each of the writes lies that share entries from `first` on, so many in each.
+fn positions(term: u64, first: u64, counts: Vec<usize>) -> Vec<Position> {
+    (first..).zip(counts).flat_map(|(index, count)| iter::repeat_n(Position { term, index }, count)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_forwarded_write_is_told_the_entry_that_it_shares() {
+        let indexes: Vec<u64> = positions(3, 7, vec![2, 1, 3]).iter().map(|position| position.index).collect();
+        assert_eq!(indexes, [7, 7, 8, 9, 9, 9]);
     }
 }

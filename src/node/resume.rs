@@ -9,7 +9,7 @@ use raft::eraftpb::{Entry, EntryType, HardState};
 use super::changes::MADE_MAX;
 use super::core::{Core, FOUNDING, Start};
 use super::members::{LoggedChange, Members, members_with};
-use super::mirror::entry_memory_bytes;
+use super::mirror::{entry_memory_bytes, entry_writes};
 use super::snapshots::Origin;
 use super::{Policy, Settings, Stopped, commit, metadata};
 use crate::channel::{Commit, RequestId};
@@ -34,10 +34,12 @@ pub struct Resume {
     /// What is kept of the log, and index and term of the entry before.
     kept: VecDeque<Entry>,
     kept_bytes: u64,
+    kept_writes: u64,
     base: (u64, u64),
     applied: (u64, u64),
-    /// Bytes that the entries behind the snapshot take in the log.
+    /// Bytes that the entries behind the snapshot take in the log, and how many writes of them are applied.
     grown_bytes: u64,
+    applied_writes: u64,
     policy: Policy,
 }
 
@@ -73,9 +75,11 @@ impl Resume {
             log_base: base.0,
             kept: VecDeque::new(),
             kept_bytes: 0,
+            kept_writes: 0,
             base,
             applied: place,
             grown_bytes: 0,
+            applied_writes: 0,
             policy,
         }
     }
@@ -91,6 +95,7 @@ impl Resume {
             return Ok(None);
         }
         self.applied = (entry.index, entry.term);
+        self.applied_writes += entry_writes(&entry);
         if entry.get_entry_type() == EntryType::EntryConfChangeV2
             && let Some(logged) = self.raft.apply_change(&entry.data).as_ref().and_then(LoggedChange::of)
         {
@@ -106,12 +111,14 @@ impl Resume {
     /// Keeps the end of what is committed, and all that is not.
     fn keep(&mut self, entry: Entry) {
         self.kept_bytes += entry_memory_bytes(&entry);
+        self.kept_writes += entry_writes(&entry);
         self.kept.push_back(entry);
         while let Some(oldest) = self.kept.front()
             && oldest.index <= self.hard_state.commit
-            && self.policy.may_forget(self.kept.len() as u64, self.kept_bytes)
+            && self.policy.may_forget(self.kept_writes - entry_writes(oldest), self.kept_bytes)
         {
             self.kept_bytes -= entry_memory_bytes(oldest);
+            self.kept_writes -= entry_writes(oldest);
             self.base = (oldest.index, oldest.term);
             self.kept.pop_front();
         }
@@ -151,6 +158,7 @@ impl Resume {
             last: self.snapshot.index,
             last_size_bytes: self.snapshot_bytes,
             grown_bytes: self.grown_bytes,
+            applied_writes: self.applied_writes,
             log_base: self.log_base,
         };
         let Resume { boot, members, made, policy, .. } = self;
@@ -235,8 +243,9 @@ mod tests {
                 entry
             }
             6 => {
-                let write = (request, vec![kind; number as usize % 60].into());
-                let (context, data) = Writes::pack(&vec![write; 2 + number as usize % 3]).remove(0).into_entry();
+                let write = |nth: u64| (RequestId { node: 2 + nth, ..request }, vec![kind; nth as usize].into());
+                let writes: Vec<_> = (0..2 + number % 3).map(write).collect();
+                let (context, data) = Writes::pack(&writes).remove(0).into_entry();
                 Entry { context, data, ..Entry::default() }
             }
             _ => Entry {
@@ -289,6 +298,18 @@ mod tests {
             commits.push(format!("{:?}", commit::<()>(entry, &mut members, |_| None).unwrap()));
         }
         (commits, members.meta(place.0, place.1, core.conf_state()))
+    }
+
+    /// To pass over an entry that another version would apply would split the replicas.
+    #[test]
+    fn an_entry_of_a_newer_kind_stops_a_start() {
+        for context in [1, 23, 28, 57, 28 * 513] {
+            let newer = Entry { index: 2, term: 1, context: vec![0; context].into(), ..Entry::default() };
+            let founding = Meta::founding(&[member(1)]);
+            let mut resume = Resume::new(ID, NONCE, &recovered(&[entry(0, 0, 2)], 2), &founding, 0, policy(1000));
+            let taken: Result<Option<Commit<()>>, Stopped> = resume.take(newer);
+            assert!(matches!(taken, Err(Stopped::NewerEntry { index: 2 })), "{context} bytes of context");
+        }
     }
 
     proptest! {

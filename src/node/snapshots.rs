@@ -30,7 +30,7 @@ const GROWN_BYTES_MIN: u64 = 32 << 20;
 /// others are a majority that is not slowed down.
 const TURN_PART: u64 = 8;
 
-/// Bytes kept for members that are far behind: of command on the disk, of all in memory.
+/// Bytes kept for members that are far behind, on the disk and in memory.
 const SLOW_BYTES_MAX: u64 = 256 << 20;
 
 /// Election time-outs for which a member may be silent and the log is kept for it: it may come back, or be busy with a snapshot.
@@ -46,7 +46,7 @@ const FAILURES_MAX: u64 = 3;
 /// Ticks before another try, after a snapshot could not be written.
 const RETRY_TICKS: u64 = 100;
 
-/// When a snapshot is taken, and what is kept behind it.
+/// When a snapshot is taken, and what is kept behind it. Where it counts entries, one of several writes counts as so many.
 #[derive(Debug, Clone)]
 pub struct Policy {
     /// Entries since the last snapshot that make one due.
@@ -66,9 +66,10 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Whether the oldest of so many entries in memory, which take so many bytes there, is more than is to be kept.
-    pub(super) fn may_forget(&self, entries: u64, bytes: u64) -> bool {
-        bytes > self.memory_bytes && (entries > self.catchup_entries || bytes > self.catchup_bytes)
+    /// Whether the oldest of the entries in memory, which take so many bytes there, is more than is to be kept; `behind` it
+    /// there are so many.
+    pub(super) fn may_forget(&self, behind: u64, bytes: u64) -> bool {
+        bytes > self.memory_bytes && (behind >= self.catchup_entries || bytes > self.catchup_bytes)
     }
 }
 
@@ -95,6 +96,10 @@ pub struct Snapshotting {
     policy: Policy,
     /// Index of the last one, and the tick at which it was done.
     last: (u64, u64),
+    /// Writes that were published since the start, and that a start found behind its snapshot, and how many of them the last
+    /// one holds; an entry of another kind counts for one.
+    pub(super) published_writes: u64,
+    last_writes: u64,
     /// Bytes of log behind the last one that a start found.
     found_bytes: u64,
     /// Bytes appended to the log when the last one was done, and the size of its file.
@@ -102,7 +107,8 @@ pub struct Snapshotting {
     last_size_bytes: u64,
     /// Index of the last entry that the log on the disk no longer holds.
     log_base: u64,
-    taking: bool,
+    /// The one that is being taken holds so many of the writes that were published.
+    taking: Option<u64>,
     not_before: u64,
     /// From the leader, stepped and not yet durable in the log.
     received: Option<Received>,
@@ -117,24 +123,27 @@ pub struct Origin {
     pub last: u64,
     /// Of that snapshot's file; 0 where it has none.
     pub last_size_bytes: u64,
-    /// Bytes that the entries behind it take in the log.
+    /// Bytes that the entries behind it take in the log, and how many writes of them are applied.
     pub grown_bytes: u64,
+    pub applied_writes: u64,
     /// The index of the last entry before the log.
     pub log_base: u64,
 }
 
 impl Snapshotting {
     pub fn new(files: Arc<Snapshots>, policy: Policy, origin: Origin) -> Self {
-        let Origin { last, last_size_bytes, grown_bytes, log_base } = origin;
+        let Origin { last, last_size_bytes, grown_bytes, applied_writes, log_base } = origin;
         Snapshotting {
             files,
             policy,
             last: (last, 0),
+            published_writes: applied_writes,
+            last_writes: 0,
             found_bytes: grown_bytes,
             last_bytes: 0,
             last_size_bytes,
             log_base,
-            taking: false,
+            taking: None,
             not_before: 0,
             received: None,
             failed: BTreeMap::new(),
@@ -166,7 +175,7 @@ impl<A: Send + 'static> Node<A> {
     pub(super) fn snapshot_if_due(&mut self, commits: &mut Vec<Commit<A>>) {
         let shots = &self.snapshotting;
         // While a received one is made durable, raft is ahead of what is published.
-        if self.core.is_restoring() || shots.taking || shots.not_before > self.now {
+        if self.core.is_restoring() || shots.taking.is_some() || shots.not_before > self.now {
             return;
         }
         let wanted = self.core.take_snapshot_wanted();
@@ -175,7 +184,7 @@ impl<A: Send + 'static> Node<A> {
             return;
         }
         let policy = &shots.policy;
-        let new = self.published - shots.last.0;
+        let new = shots.published_writes - shots.last_writes;
         let waited = self.settings.tick * u32::try_from(self.now - shots.last.1).unwrap_or(u32::MAX);
         let by_time = !policy.interval.is_zero() && waited >= policy.interval && new >= policy.min_entries.max(1);
         let grown = shots.found_bytes + self.core.appended_bytes() - shots.last_bytes;
@@ -187,7 +196,7 @@ impl<A: Send + 'static> Node<A> {
         let meta = self.members.meta(self.published, term, self.core.conf_state());
         let (reply, image) = oneshot::channel();
         commits.push(Commit::Snapshot { reply });
-        self.snapshotting.taking = true;
+        self.snapshotting.taking = Some(self.snapshotting.published_writes);
         let (files, keep) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep);
         self.snapshotting.work.spawn(async move {
             // The service ends without an answer only when the process does.
@@ -212,12 +221,12 @@ impl<A: Send + 'static> Node<A> {
         match done.expect("work on a snapshot does not panic").0 {
             Done::Taken(Ok((meta, bytes))) => {
                 info!(index = meta.index, bytes, "snapshot taken");
-                self.snapshotting.taking = false;
-                self.forget_behind(&meta, bytes);
+                let writes = self.snapshotting.taking.take().expect("it was being taken");
+                self.forget_behind(&meta, bytes, writes);
             }
             Done::Taken(Err(error)) => {
                 warn!(%error, "no snapshot: the log grows until one can be written");
-                self.snapshotting.taking = false;
+                self.snapshotting.taking = None;
                 self.snapshotting.not_before = self.now + RETRY_TICKS;
             }
             Done::Purged(Ok(())) => {}
@@ -304,7 +313,7 @@ impl<A: Send + 'static> Node<A> {
         self.members.restore(&meta);
         self.tell_transport();
         self.published = meta.index;
-        self.note_snapshot(&meta, size_bytes);
+        self.note_snapshot(&meta, size_bytes, self.snapshotting.published_writes);
         self.snapshotting.log_base = meta.index;
         let (files, keep, index) = (self.snapshotting.files.clone(), self.snapshotting.policy.keep, meta.index);
         self.snapshotting.work.spawn(async move {
@@ -335,23 +344,22 @@ impl<A: Send + 'static> Node<A> {
             return;
         }
         let covered = self.published.min(self.slowest_follower().unwrap_or(self.published));
-        self.core.shrink(covered.min(self.published.saturating_sub(entries)), memory);
-        self.core.shrink(covered, more);
+        self.core.shrink(covered, entries, memory);
+        self.core.shrink(covered, 0, more);
         // However slow a follower is. What is behind the newest snapshot stays, or that would help nobody.
-        self.core.shrink(self.snapshotting.last.0, more.max(SLOW_BYTES_MAX));
+        self.core.shrink(self.snapshotting.last.0, 0, more.max(SLOW_BYTES_MAX));
     }
 
-    /// What the snapshot covers may go, but for what slow followers may still need.
-    fn forget_behind(&mut self, meta: &Meta, size_bytes: u64) {
+    /// What the snapshot covers, which is so many of the writes published, may go, but for what slow followers may still need.
+    fn forget_behind(&mut self, meta: &Meta, size_bytes: u64, writes: u64) {
         // A snapshot that came meanwhile is newer.
         if self.core.is_restoring() || meta.index < self.snapshotting.last.0 {
             return;
         }
         let policy = &self.snapshotting.policy;
-        let by_entries = meta.index.saturating_sub(policy.catchup_entries);
-        let mut keep_from = self.core.reach_back(meta.index, by_entries, policy.catchup_bytes);
+        let mut keep_from = self.core.reach_back(meta.index, 0, policy.catchup_entries, policy.catchup_bytes);
         if let Some(slowest) = self.slowest_follower().filter(|slowest| *slowest < keep_from) {
-            keep_from = keep_from.min(self.core.reach_back(meta.index, slowest, SLOW_BYTES_MAX));
+            keep_from = keep_from.min(self.core.reach_back(meta.index, slowest, u64::MAX, SLOW_BYTES_MAX));
         }
         // Memory may hold less than the disk by now.
         let term = if keep_from == meta.index { Some(meta.term) } else { self.core.term_at(keep_from) };
@@ -360,12 +368,13 @@ impl<A: Send + 'static> Node<A> {
             self.snapshotting.log_base = keep_from;
         }
         self.core.compact(metadata(meta), keep_from);
-        self.note_snapshot(meta, size_bytes);
+        self.note_snapshot(meta, size_bytes, writes);
     }
 
     /// The next one is due by what comes behind this one.
-    fn note_snapshot(&mut self, meta: &Meta, size_bytes: u64) {
+    fn note_snapshot(&mut self, meta: &Meta, size_bytes: u64, writes: u64) {
         let shots = &mut self.snapshotting;
+        shots.last_writes = writes;
         (shots.last, shots.last_size_bytes) = ((meta.index, self.now), size_bytes);
         (shots.found_bytes, shots.last_bytes) = (0, self.core.appended_bytes());
     }

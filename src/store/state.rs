@@ -62,7 +62,9 @@ impl State {
         mut tell: impl FnMut(Outcome),
     ) -> Result<(), Unreadable> {
         writes.iter().try_for_each(|(_, command)| Command::check_format(command))?;
-        self.advance(index, term, writes.commands());
+        // A lone write is named nowhere in the hash: logs are older than entries of several.
+        let names = if writes.count() > 1 { &writes.names()[..] } else { &[] };
+        self.advance(index, term, names, writes.commands());
         for (request, command) in writes.iter() {
             tell(self.write(request, command, writes.commands()));
         }
@@ -102,7 +104,7 @@ impl State {
 
     /// Passes an entry that carries nothing for the store.
     pub fn skip(&mut self, index: u64, term: u64) {
-        self.advance(index, term, &[]);
+        self.advance(index, term, &[], &[]);
     }
 
     pub fn get(&self, key: &[u8]) -> Option<KeyValue> {
@@ -136,10 +138,14 @@ impl State {
         self.log_hash
     }
 
-    fn advance(&mut self, index: u64, term: u64, command: &[u8]) {
+    fn advance(&mut self, index: u64, term: u64, names: &[u8], commands: &[u8]) {
         assert_eq!(index, self.applied + 1, "entries are applied in order and without a gap");
         self.applied = index;
-        self.log_hash = xxh3_64_with_seed(command, self.log_hash.rotate_left(1) ^ term);
+        let mut seed = self.log_hash.rotate_left(1) ^ term;
+        if !names.is_empty() {
+            seed = xxh3_64_with_seed(names, seed);
+        }
+        self.log_hash = xxh3_64_with_seed(commands, seed);
     }
 
     fn mark(&mut self, request: RequestId) -> Seen {

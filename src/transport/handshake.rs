@@ -12,7 +12,7 @@ use super::frame::FrameError;
 use crate::cluster::{PeerUrl, URLS_MAX};
 
 /// Version of the peer protocol: headers, endpoints, the frame's byte map and the proposals' encoding.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 pub const PIPELINE: &str = "/raft";
 pub const STREAM: &str = "/raft/stream/message";
@@ -343,7 +343,7 @@ mod tests {
         let check = |headers: &HeaderMap| identity(2, 9).check_request(headers).unwrap_err();
         let mut headers = request(&identity(1, 8), 3);
         assert_eq!(check(&headers), Refusal::ClusterMismatch.into(), "receiver differs too");
-        headers.insert(PROTOCOL, 2.into());
+        headers.insert(PROTOCOL, (VERSION + 1).into());
         assert_eq!(check(&headers), Refusal::Version.into());
         assert_eq!(check(&request(&identity(1, 9), 3)), Refusal::WrongReceiver.into());
         assert!(matches!(check(&request(&identity(2, 9), 2)), Denied::Malformed(_)));

@@ -213,6 +213,11 @@ fn a_damaged_snapshot_is_never_served() {
     cluster.start_all();
     let mut acknowledged = BTreeMap::new();
     fill(&cluster, 0, "k", 200, &mut acknowledged);
+    // Until then the log reaches back to the one before, which would do as well.
+    wait_for("the newest snapshot, and the log cut behind it", || {
+        let status = cluster.nodes[0].status()?;
+        (status["snapshot"]["index"].as_u64()? + 50 > status["applied"].as_u64()?).then_some(())
+    });
     assert_eq!(cluster.nodes[0].stop(), Some(0));
     let newest =
         fs::read_dir(cluster.nodes[0].dir.join("snap")).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();

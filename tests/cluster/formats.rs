@@ -197,6 +197,7 @@ fn record_lone(dir: &Path, to: &Path, flags: &[&str], large: usize) {
     for key in ["empty", "%C3%A9%00%2Fkey"] {
         put(&node, &mut values, key.to_owned(), Value::Text(String::new()));
     }
+    values.extend(put_at_once(&node));
     finish(&mut [node], LONE, flags, Vec::new(), values, to);
 }
 
@@ -221,6 +222,21 @@ fn record_cluster(root: &Path, to: &Path) {
 fn put(node: &Node, values: &mut BTreeMap<String, Value>, key: String, value: Value) {
     node.must_put(&key, value.bytes());
     values.insert(key, value);
+}
+
+/// Puts some keys, all at once and over and over, until some of them shared an entry.
+fn put_at_once(node: &Node) -> BTreeMap<String, Value> {
+    let values: BTreeMap<_, _> = (0..16).map(|n| (format!("at-once-{n}"), Value::Text(format!("value {n}")))).collect();
+    wait_for("writes share an entry", || {
+        let before = node.status()?;
+        std::thread::scope(|scope| {
+            values.iter().for_each(|(key, value)| drop(scope.spawn(|| node.must_put(key, value.bytes()))));
+        });
+        let after = node.status()?;
+        let more = |field: &str| after[field].as_u64().unwrap() - before[field].as_u64().unwrap();
+        (more("applied") < more("revision")).then_some(())
+    });
+    values
 }
 
 /// Stops the members once they agree and have taken their snapshots, and keeps what they leave.
@@ -275,7 +291,10 @@ fn versions(directory: &Directory) -> BTreeSet<(&'static str, u32)> {
             versions.insert(("identity", title.strip_prefix("raftkv identity, format ").unwrap().parse().unwrap()));
         } else if name.ends_with(".wal") {
             versions.insert(("segment", u32_at(&bytes, 8)));
-            versions.extend(commands(&bytes).map(|at| ("command", bytes[at].into())));
+            for entry in entries(&bytes) {
+                versions.insert(("entry", bytes[entry + 16].into()));
+                versions.insert(("command", bytes[command(&bytes, entry)].into()));
+            }
         } else if name.ends_with(".snap") {
             versions.insert(("snapshot", u32_at(&bytes, 8)));
             versions.insert(("image of the store", bytes[image_at(&bytes)].into()));
@@ -284,8 +303,8 @@ fn versions(directory: &Directory) -> BTreeSet<(&'static str, u32)> {
     versions
 }
 
-/// Where the first byte of each command is in a segment: the first record of its frame is an entry with data.
-fn commands(bytes: &[u8]) -> impl Iterator<Item = usize> {
+/// Where entries with commands are in a segment: those that are the first record of their frame.
+fn entries(bytes: &[u8]) -> impl Iterator<Item = usize> {
     let mut at = 4096;
     std::iter::from_fn(move || {
         let frame = at;
@@ -293,8 +312,14 @@ fn commands(bytes: &[u8]) -> impl Iterator<Item = usize> {
         at = (frame + 16 + len).next_multiple_of(8);
         (len > 0).then_some(frame + 16)
     })
-    .filter(|record| bytes[*record] == 2 && bytes[record + 21] == 0 && u32_at(bytes, record + 26) > 0)
-    .map(|record| record + 30 + u32_at(bytes, record + 22) as usize)
+    .filter(|record| bytes[*record] == 2)
+    .map(|record| record + 5)
+    .filter(|entry| [0, 3].contains(&bytes[entry + 16]) && u32_at(bytes, entry + 21) > 0)
+}
+
+/// Where an entry's first command is.
+fn command(bytes: &[u8], entry: usize) -> usize {
+    entry + 25 + u32_at(bytes, entry + 17) as usize
 }
 
 /// Where the image in a snapshot begins, in its first block.
@@ -314,11 +339,12 @@ fn every_format_that_this_version_writes_is_kept() {
     node.start();
     node.wait_ready();
     (0..4).for_each(|n| node.must_put("key", n.to_string()));
+    put_at_once(&node);
     wait_for("a snapshot", || (node.status()?["snapshot"]["index"].as_u64()? > 0).then_some(()));
     node.kill();
     let written = versions(&Directory::read(&node.dir));
     let kinds: Vec<&str> = written.iter().map(|(kind, _)| *kind).collect();
-    assert_eq!(kinds, ["command", "identity", "image of the store", "segment", "snapshot"]);
+    assert_eq!(kinds, ["command", "entry", "entry", "identity", "image of the store", "segment", "snapshot"]);
     let members = |kept: &Kept| kept.manifest.members.clone();
     let kept: BTreeSet<_> = kept()
         .iter()
@@ -403,7 +429,7 @@ fn a_newer_format_of_each_kind_of_file_is_refused_as_such() {
     assert!(told.contains("a state of format 2") && !told.contains("remove"), "{told}");
 
     let told = refusal(".wal", |bytes| {
-        let command = commands(bytes).last().unwrap();
+        let command = command(bytes, entries(bytes).last().unwrap());
         bytes[command] = 2;
         seal_frame_of(bytes, command);
     });

@@ -106,9 +106,12 @@ fn any_entry(u: &mut Unstructured<'_>, index: &mut u64, term: &mut u64, term_max
         }
         3 => entry.context = vec![what; NONCE_BYTES].into(),
         4 => {
-            let write = (RequestId { node: 2, boot: 1, counter: *index }, Bytes::from_static(b"command"));
-            let writes = Writes::pack(&vec![write; 2 + usize::from(what % 4)]).remove(0);
-            (entry.context, entry.data) = writes.into_entry();
+            let write = |nth: u8| {
+                let request = RequestId { node: 2 + u64::from(nth), boot: 1, counter: *index };
+                (request, vec![what; usize::from(nth)].into())
+            };
+            let writes: Vec<_> = (0..2 + what % 4).map(write).collect();
+            (entry.context, entry.data) = Writes::pack(&writes).remove(0).into_entry();
         }
         _ => {
             entry.context = RequestId { node: 2, boot: 1, counter: *index }.to_bytes().to_vec().into();

@@ -63,13 +63,13 @@ async fn a_joiner_without_an_answer_may_ask_another_member() {
 async fn an_introduction_names_version_id_and_urls() {
     let mut one = Node::alone(1).await;
     for (query, version, urls, status, token) in [
-        ("?id=4", "2", "http://a:1", 412, "version"),
+        ("?id=4", "1", "http://a:1", 412, "version"),
         ("?id=4", "", "http://a:1", 400, "malformed"),
-        ("?id=4", "1", "http://a:1/", 400, "malformed"),
-        ("?id=0", "1", "http://a:1", 400, "malformed"),
-        ("?id=+4", "1", "http://a:1", 400, "malformed"),
-        ("?member=4", "1", "http://a:1", 400, "malformed"),
-        ("", "1", "http://a:1", 400, "malformed"),
+        ("?id=4", "2", "http://a:1/", 400, "malformed"),
+        ("?id=0", "2", "http://a:1", 400, "malformed"),
+        ("?id=+4", "2", "http://a:1", 400, "malformed"),
+        ("?member=4", "2", "http://a:1", 400, "malformed"),
+        ("", "2", "http://a:1", 400, "malformed"),
     ] {
         let request = Request::get(format!("{INTRODUCE}{query}"))
             .header("x-raft-version", version)

@@ -23,7 +23,7 @@ async fn each_refusal_has_its_status_and_its_word() {
     for (request, status, token) in [
         (with("x-raft-cluster-id", "00000000000000ff"), 412, "cluster-mismatch"),
         (get(2, 9), 412, "wrong-receiver"),
-        (with("x-raft-version", "2"), 412, "version"),
+        (with("x-raft-version", "1"), 412, "version"),
         (get(3, 1), 412, "other-nonce"),
         (get(4, 1), 403, "not-a-member"),
         (get(5, 1), 410, "removed"),
