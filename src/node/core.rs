@@ -326,10 +326,10 @@ impl Core {
         self.raw.store().memory_bytes()
     }
 
-    /// Forgets entries, the oldest first, none above `index` and none of the last `writes`, until no more than `bytes` of
-    /// memory are taken. What is forgotten is applied.
-    pub fn shrink(&mut self, index: u64, writes: u64, bytes: u64) {
-        self.raw.mut_store().shrink(index, writes, bytes);
+    /// Forgets entries, the oldest first, none above `index`, while `may_forget` says so of the oldest: it is told how many writes
+    /// are behind it, and what all that is held takes in memory. What is forgotten is applied.
+    pub fn shrink(&mut self, index: u64, may_forget: impl Fn(u64, u64) -> bool) {
+        self.raw.mut_store().shrink(index, may_forget);
     }
 
     /// Bytes of entries that were appended to the log since the start.

@@ -82,15 +82,16 @@ impl Mirror {
 
     /// Forgets the entries up to `index`. Their memory is freed by [`Mirror::sweep`].
     pub fn compact(&mut self, index: u64) {
-        self.shrink(index, 0, 0);
+        self.shrink(index, |_, _| true);
     }
 
-    /// Forgets entries, the oldest first, none above `index` and none of the last `writes`, until no more than `bytes` of
-    /// memory are taken.
-    pub fn shrink(&mut self, index: u64, writes: u64, bytes: u64) {
-        while self.memory_bytes > bytes && self.start.0 < index {
-            let oldest = &self.entries[self.forgotten];
-            if self.writes - entry_writes(oldest) < writes {
+    /// Forgets entries, the oldest first, none above `index`, while `may_forget` says so of the oldest: it is told how many writes
+    /// are behind it, and what all that is held takes in memory.
+    pub fn shrink(&mut self, index: u64, may_forget: impl Fn(u64, u64) -> bool) {
+        while self.start.0 < index
+            && let Some(oldest) = self.entries.get(self.forgotten)
+        {
+            if !may_forget(self.writes - entry_writes(oldest), self.memory_bytes) {
                 return;
             }
             self.memory_bytes -= entry_memory_bytes(oldest);
@@ -346,11 +347,11 @@ mod tests {
     fn the_oldest_are_forgotten_where_memory_is_short() {
         let mut mirror = mirror((2..12).map(|index| entry(index, 1)).collect());
         let one = mirror.memory_bytes() / 10;
-        mirror.shrink(11, 0, 7 * one);
+        mirror.shrink(11, |_, bytes| bytes > 7 * one);
         assert_eq!((mirror.start(), mirror.memory_bytes()), (4, 7 * one));
-        mirror.shrink(5, 0, one);
+        mirror.shrink(5, |_, bytes| bytes > one);
         assert_eq!((mirror.start(), mirror.memory_bytes()), (5, 6 * one), "none above the index");
-        mirror.shrink(3, 0, 0);
+        mirror.shrink(3, |_, _| true);
         mirror.append(vec![entry(9, 2)]);
         assert_eq!((mirror.start(), mirror.memory_bytes()), (5, 4 * one));
     }
@@ -366,14 +367,14 @@ mod tests {
         let mut mirror = mirror(vec![shared(2, 5), shared(3, 1), shared(4, 3), entry(5, 1)]);
         let reach_back = |writes| mirror.reach_back(5, 0, writes, u64::MAX);
         assert_eq!([0, 1, 3, 4, 5, 9, 10].map(reach_back), [5, 4, 4, 3, 2, 2, 1]);
-        mirror.shrink(5, 6, 0);
+        mirror.shrink(5, |behind, _| behind >= 6);
         assert_eq!(mirror.start(), 1, "that would leave five");
-        mirror.shrink(5, 5, 0);
+        mirror.shrink(5, |behind, _| behind >= 5);
         assert_eq!(mirror.start(), 2);
         mirror.append(vec![entry(4, 2)]);
-        mirror.shrink(4, 2, 0);
+        mirror.shrink(4, |behind, _| behind >= 2);
         assert_eq!(mirror.start(), 2, "two are left");
-        mirror.shrink(4, 1, 0);
+        mirror.shrink(4, |behind, _| behind >= 1);
         assert_eq!(mirror.start(), 3);
     }
 

@@ -38,6 +38,7 @@ use self::changes::Changes;
 pub use self::core::FOUNDING;
 use self::core::{Core, Turn};
 use self::members::Members;
+use self::mirror::entry_writes;
 use self::pending::{Pending, Proposed};
 use self::reads::Reads;
 pub use self::resume::Resume;
@@ -393,7 +394,7 @@ impl<A: Send + 'static> Node<A> {
                 self.changes.passed_over();
             }
             self.published = entry.index;
-            self.snapshotting.published_writes += Writes::count_in(&entry.context) as u64;
+            self.snapshotting.published_writes += entry_writes(&entry);
             commits.push(commit(entry, &mut self.members, |request| self.pending.committed(request))?);
         }
         for read in reads {

@@ -337,17 +337,15 @@ impl<A: Send + 'static> Node<A> {
     /// Between two snapshots of a large state the log grows long. The disk needs all of it for a restart; memory what followers
     /// may soon ask for. Whoever asks for more gets a snapshot.
     pub(super) fn shrink_log(&mut self) {
-        let policy = &self.snapshotting.policy;
-        let (memory, entries) = (policy.memory_bytes, policy.catchup_entries);
-        let more = memory.max(policy.catchup_bytes);
-        if self.core.log_memory_bytes() <= memory || self.core.is_restoring() {
+        if self.core.log_memory_bytes() <= self.snapshotting.policy.memory_bytes || self.core.is_restoring() {
             return;
         }
         let covered = self.published.min(self.slowest_follower().unwrap_or(self.published));
-        self.core.shrink(covered, entries, memory);
-        self.core.shrink(covered, 0, more);
+        let policy = &self.snapshotting.policy;
+        self.core.shrink(covered, |behind, bytes| policy.may_forget(behind, bytes));
         // However slow a follower is. What is behind the newest snapshot stays, or that would help nobody.
-        self.core.shrink(self.snapshotting.last.0, 0, more.max(SLOW_BYTES_MAX));
+        let most = policy.memory_bytes.max(policy.catchup_bytes).max(SLOW_BYTES_MAX);
+        self.core.shrink(self.snapshotting.last.0, |_, bytes| bytes > most);
     }
 
     /// What the snapshot covers, which is so many of the writes published, may go, but for what slow followers may still need.
