@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-pub use self::writes::{SHARED_COMMAND_BYTES_MAX, SHARED_WRITES_MAX, Writes};
+pub use self::writes::{SHARED_COMMAND_BYTES_MAX, Writes};
 use crate::cluster::Member;
 
 /// The largest command, in bytes: above every flag, equal on all nodes, so that what one node takes every other can

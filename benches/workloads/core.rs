@@ -2,7 +2,7 @@
 //! acknowledged by the others, committed. The others say yes at once and cost nothing.
 
 use bytes::Bytes;
-use raft::eraftpb::{Entry, HardState, Message, MessageType, SnapshotMetadata};
+use raft::eraftpb::{HardState, Message, MessageType, SnapshotMetadata};
 use raftkv::channel::{RequestId, Writes};
 use raftkv::node::FOUNDING;
 use raftkv::node::core::{Core, Start, Turn};
@@ -70,17 +70,13 @@ impl Leader {
             if messages.is_empty() && writes.is_empty() && committed.is_empty() {
                 return count;
             }
-            count += committed.into_iter().map(count_writes).sum::<u64>();
+            count += committed.iter().map(|entry| Writes::count_in(&entry.context) as u64).sum::<u64>();
             if let Some(last) = writes.last() {
                 self.core.persisted(last.number);
             }
             messages.iter().filter_map(consent).for_each(|message| self.core.step(message));
         }
     }
-}
-
-fn count_writes(entry: Entry) -> u64 {
-    Writes::read(entry.context, entry.data).map_or(0, |writes| writes.count() as u64)
 }
 
 fn snapshot((index, term): (u64, u64), voters: &[u64]) -> SnapshotMetadata {

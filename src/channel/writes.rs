@@ -19,7 +19,7 @@ pub const SHARED_COMMAND_BYTES_MAX: usize = 4 << 10;
 const SHARED_BYTES_MAX: usize = 64 << 10;
 
 /// The most writes that share an entry: the service applies them in one go.
-pub const SHARED_WRITES_MAX: usize = 512;
+const SHARED_WRITES_MAX: usize = 512;
 
 /// Of one write in a shared entry's context.
 const NAME_BYTES: usize = RequestId::BYTES + 4;

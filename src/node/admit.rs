@@ -299,7 +299,13 @@ mod tests {
     }
 
     prop_compose! {
-        fn any_entry()(index in number(), term in number(), kind in 0..4i32, context in prop::sample::select(&[0, 16, 24, 25, 56, 84][..]), data in 0..2usize) -> Entry {
+        fn any_entry()(
+            index in number(),
+            term in number(),
+            kind in 0..4i32,
+            context in prop::sample::select(&[0, 16, 24, 25, 56, 84][..]),
+            data in 0..2usize,
+        ) -> Entry {
             let mut entry = Entry { index, term, ..Entry::default() };
             entry.set_entry_type(if kind == 3 { EntryType::EntryConfChangeV2 } else { EntryType::EntryNormal });
             entry.context = vec![0; context].into();

@@ -12,7 +12,7 @@ use crate::wal::Room;
 /// Bytes of command proposed to raft, or forwarded, at once.
 const PROPOSAL_BYTES_MAX: usize = 1 << 20;
 
-/// What a write takes in the log beside its command, and more.
+/// What a write takes in the log beside its command, or an entry beside its context and data, and more.
 const ENTRY_OVERHEAD_BYTES: usize = 128;
 
 /// Forwarded proposals under way to the leader; what comes meanwhile waits and goes together.
@@ -34,8 +34,8 @@ impl<A: Send + 'static> Node<A> {
         }
     }
 
-    /// Whether writes with commands of these sizes, or entries of these sizes, find room in the log, with some left for terms and votes; if so, it
-    /// is theirs. What went in without it could be what stops the node on a full disk.
+    /// Whether writes with commands of these sizes, or entries of these sizes, find room in the log, with some left for terms
+    /// and votes; if so, it is theirs. What went in without it could be what stops the node on a full disk.
     pub(super) fn may_append(&mut self, sizes: impl Iterator<Item = usize>) -> bool {
         let bytes: u64 = sizes.map(|size| (size + ENTRY_OVERHEAD_BYTES) as u64).sum();
         let entering = self.entering_bytes + bytes;
